@@ -1,0 +1,63 @@
+"""Everything that sparse_heads raises or warns on purpose, and the two helpers that word the messages."""
+
+from __future__ import annotations
+
+import torch
+
+
+class SparseHeadsError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class InvalidArgumentError(SparseHeadsError, ValueError):
+    """An argument has a wrong value, shape, device or length."""
+
+
+class InvalidTypeError(SparseHeadsError, TypeError):
+    """An argument has a wrong type or dtype."""
+
+
+class SubsetMismatchError(SparseHeadsError, ValueError):
+    """A subset or scores of one model were handed to another."""
+
+
+class FileFormatError(SparseHeadsError, ValueError):
+    """A file is truncated, malformed or of an unknown schema version."""
+
+
+class UnknownFamilyError(SparseHeadsError, ValueError):
+    """`attach` found no attention layer that it can describe."""
+
+
+class UnsupportedError(SparseHeadsError, ValueError):
+    """A combination that is not built, or that cannot be honoured."""
+
+
+class DetachedError(SparseHeadsError, ValueError):
+    """A handle was used after `detach`."""
+
+
+class BackendUnavailableError(SparseHeadsError, ValueError):
+    """A backend was asked for by name and cannot run here."""
+
+
+class SparseHeadsWarning(UserWarning):
+    """Category of every warning given on purpose."""
+
+
+def describe(value: object) -> str:
+    """Word `value` for a message: dtype, shape and device of a tensor, a short repr of anything else."""
+    if isinstance(value, torch.Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor {list(value.shape)} on {value.device}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def invalid(argument: str, wanted: str, got: object) -> InvalidArgumentError:
+    """An error that names the argument, what was wanted and what came (`got` is described unless it is a str)."""
+    return InvalidArgumentError(f"{argument}: wanted {wanted}, got {got if isinstance(got, str) else describe(got)}")
+
+
+def invalid_type(argument: str, wanted: str, got: object) -> InvalidTypeError:
+    """As `invalid`, for a wrong type or dtype."""
+    return InvalidTypeError(f"{argument}: wanted {wanted}, got {got if isinstance(got, str) else describe(got)}")

@@ -1,0 +1,1 @@
+"""Operators: one folder each, the reference implementation beside the fast ones, `api.py` on top."""
