@@ -1,0 +1,22 @@
+"""Settings for every test: fixed seeds, two threads; and memory that nobody may rely on, for the tests that ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def fixed_conditions() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill every new tensor with NaN or the largest integer, those of our kernels too, until something is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
