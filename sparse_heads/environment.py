@@ -1,0 +1,55 @@
+"""What runs here and why the rest does not: the text of `sparse-heads env`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from sparse_heads import _native
+from sparse_heads._build import BuildError, compiler_version, find_compiler
+from sparse_heads._version import __version__
+
+PACKAGES = ("torch", "transformers", "triton", "safetensors", "huggingface_hub", "accelerate")
+
+
+def environment() -> list[tuple[str, str]]:
+    """Pairs of a name and a text: backends, versions, compiler, processor and cache. May build the extension."""
+    reason = _native.why_unavailable()
+    return [
+        ("sparse_heads", __version__),
+        ("backend reference", "available"),
+        ("backend sdpa", "available"),
+        ("backend cpu", f"not available: {reason}" if reason else f"available: {_native.library()}"),
+        ("backend auto, projections", "reference" if reason else "cpu"),
+        ("backend auto, attention", "sdpa"),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        *((name, _version_of(name)) for name in PACKAGES),
+        ("C++ compiler", _compiler()),
+        ("processor", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"),
+        ("threads", str(torch.get_num_threads())),
+        ("cache", _cache()),
+    ]
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _compiler() -> str:
+    try:
+        compiler = find_compiler()
+        return f"{' '.join(compiler)}: {compiler_version(compiler).splitlines()[0]}"
+    except BuildError as error:
+        return f"none: {error}"
+
+
+def _cache() -> str:
+    try:
+        return str(_native.cache_directory())
+    except RuntimeError as error:
+        return f"none: {error}"
