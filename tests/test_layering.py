@@ -65,11 +65,18 @@ def folder(module: str) -> str:
     return module if is_package(module) else module.rpartition(".")[0]
 
 
-def imported(module: str) -> set[str]:
-    """The modules of the package that `module` imports, inside functions too."""
+def imported(module: str, types: bool = True) -> set[str]:
+    """The modules of the package that `module` imports, inside functions too; with or without those for types alone."""
     package = folder(module)
     names = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not types:
+            skipped.update(node.body)
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -113,7 +120,7 @@ def test_there_are_no_circles():
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, " imports ".join([*path[path.index(module) :], module])
         if module not in finished:
-            for name in imported(module):
+            for name in imported(module, types=False):
                 visit(name, (*path, module))
             finished.add(module)
 
