@@ -1,0 +1,71 @@
+"""`attach` and `get_handle`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ...errors import UnsupportedError, invalid, invalid_type
+from ...ops.projection.api import check_backend
+from .discovery import find_layers
+from .handle import Handle
+
+LAYOUTS = ("auto", "compact")
+
+
+def attach(
+    model: nn.Module,
+    layout: str = "auto",
+    backend: str = "auto",
+    kv: str = "active",
+    include: str | list[str] | None = None,
+    exclude: str | list[str] | None = None,
+) -> Handle:
+    """Make a model's attention able to skip heads: in place, this instance only, weights untouched.
+
+    The query, key, value and output projections (`torch.nn.Linear`) become subclasses by reassigning `__class__`:
+    modules, parameters, hooks, `state_dict()` keys and `isinstance` stay. With all heads on the model runs as before.
+
+    Args:
+        model: a transformers model, or any module that owns attention layers of a known structure.
+        layout: `"compact"` (projections produce only the kept heads), which is what `"auto"` chooses.
+        backend: of the projections: `"auto"`, `"reference"` or `"cpu"`.
+        kv: `"active"`: keys and values are computed for the kept heads only.
+        include, exclude: shell patterns of layer names (`"*.layer.0.*"`) to attach or leave out.
+
+    Returns:
+        The handle; the same one again for a model attached with the same options.
+
+    Raises:
+        ValueError, TypeError: attached already with other options; no attention layer found; a projection that is not
+            exactly `torch.nn.Linear`; an unknown option.
+    """
+    if not isinstance(model, nn.Module):
+        raise invalid_type("model", "a torch.nn.Module", model)
+    options = (layout, backend, kv, _frozen(include), _frozen(exclude))
+    existing = get_handle(model)
+    if existing is not None:
+        if existing.options != options:
+            raise invalid("model", f"a model not attached with other options ({existing.options})", f"options {options}")
+        return existing
+    if layout not in LAYOUTS:
+        if layout in ("wide", "core"):
+            raise UnsupportedError(f"layout: {layout!r} is not built yet; use one of {LAYOUTS}")
+        raise invalid("layout", f"one of {LAYOUTS}", layout)
+    if kv != "active":
+        if kv == "all":
+            raise UnsupportedError("kv: 'all' is not built yet; use 'active'")
+        raise invalid("kv", "'active'", kv)
+    check_backend(backend)
+    layers, projections = find_layers(model, include, exclude)
+    return Handle(model, layers, projections, backend, options)
+
+
+def get_handle(model: nn.Module) -> Handle | None:
+    """The handle of an attached model, or None."""
+    if not isinstance(model, nn.Module):
+        raise invalid_type("model", "a torch.nn.Module", model)
+    return model.__dict__.get("_sparse_heads_handle")
+
+
+def _frozen(patterns: object) -> object:
+    return tuple(patterns) if isinstance(patterns, list) else patterns

@@ -1,0 +1,91 @@
+"""Which subset a forward runs under: overrides of the thread or task, and the record that one forward keeps.
+
+A record, once opened, is what every layer of that forward reads: also a recomputation by gradient checkpointing that
+runs after `use_heads` was left, or in a thread of autograd's own.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .selection import Selection
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+
+@dataclass(eq=False)
+class Override:
+    """One `use_heads` block; `outer` is the block around it."""
+
+    handle: Handle
+    selection: Selection | None
+    scale: Tensor | None
+    outer: Override | None
+
+
+@dataclass(eq=False)
+class Call:
+    """One forward of an attached model. `scale`: float `[L, H]` or `[B, L, H]`, multiplies heads' outputs."""
+
+    handle: Handle
+    selection: Selection | None
+    scale: Tensor | None = None
+    outer: Call | None = None
+
+
+_overrides: ContextVar[Override | None] = ContextVar("sparse_heads_overrides", default=None)
+_calls: ContextVar[Call | None] = ContextVar("sparse_heads_calls", default=None)
+
+
+def enter_override(handle: Handle, selection: Selection | None, scale: Tensor | None) -> None:
+    _overrides.set(Override(handle, selection, scale, _overrides.get()))
+
+
+def leave_override() -> None:
+    _overrides.set(_overrides.get().outer)
+
+
+def new_call(handle: Handle) -> Call:
+    """A record of the innermost `use_heads` of this thread or task, else of what `set_heads` said."""
+    override = _overrides.get()
+    while override is not None:
+        if override.handle is handle:
+            return Call(handle, override.selection, override.scale)
+        override = override.outer
+    return Call(handle, handle.selection)
+
+
+def current_call(handle: Handle) -> Call:
+    """The record of the forward that runs; a layer called directly gets one of its own."""
+    call = _calls.get()
+    while call is not None:
+        if call.handle is handle:
+            return call
+        call = call.outer
+    return new_call(handle)
+
+
+def enter_call(call: Call) -> None:
+    call.outer = _calls.get()
+    _calls.set(call)
+
+
+def leave_call(handle: Handle) -> None:
+    call = _calls.get()
+    if call is not None and call.handle is handle:
+        _calls.set(call.outer)
+
+
+def run_in_call(call: Call, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)` under `call`, whatever record the thread has open."""
+    saved = _calls.get()
+    _calls.set(call)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _calls.set(saved)

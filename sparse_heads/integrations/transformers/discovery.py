@@ -1,0 +1,138 @@
+"""Find the attention layers of a model, by structure, and describe them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ...errors import UnknownFamilyError, UnsupportedError, describe, invalid, invalid_type
+from ...layers import LayerInfo, Layers
+from .families import FAMILIES, REFUSED, Family
+from .projections import InProjection, OutProjection
+
+Found = tuple[LayerInfo, dict[str, nn.Linear]]
+
+
+def find_layers(model: nn.Module, include: object, exclude: object) -> tuple[Layers, list[dict[str, nn.Linear]]]:
+    """Every attention layer in module order, and its query, key, value and output projections.
+
+    `include`, `exclude`: None, or shell patterns (a str or several) that a layer's name must or must not match.
+    """
+    include, exclude = _patterns("include", include), _patterns("exclude", exclude)
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None) or type(model).__name__
+    if model_type in REFUSED:
+        raise UnsupportedError(f"model: {model_type} cannot run with heads off yet: {REFUSED[model_type]}")
+    modules = dict(model.named_modules())
+    indices: Counter[tuple[str, str]] = Counter()
+    found: list[Found] = []
+    for name, module in modules.items():
+        family = next((each for each in FAMILIES if _fits(module, each)), None)
+        if family is None:
+            continue
+        projections = {
+            "query": getattr(module, family.query),
+            "key": getattr(module, family.key),
+            "value": getattr(module, family.value),
+            "output": modules.get(_path(name, family.output)),
+        }
+        stack, kind = _stack(name, module), _kind(name, module)
+        index = indices[stack, kind]
+        indices[stack, kind] += 1
+        if (include is None or _matches(name, include)) and not _matches(name, exclude or []):
+            head_dim = getattr(module, family.head_dim)
+            found.append((_describe(name, stack, index, kind, head_dim, projections, config), projections))
+    if not found:
+        raise UnknownFamilyError(_unknown(model_type, bool(indices)))
+    layers = Layers((layer for layer, _ in found), model_type, getattr(config, "_name_or_path", None) or None)
+    return layers, [projections for _, projections in found]
+
+
+def _fits(module: nn.Module, family: Family) -> bool:
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in (family.query, family.key, family.value)) \
+        and isinstance(getattr(module, family.head_dim, None), int)
+
+
+def _path(owner: str, relative: str) -> str:
+    parts = owner.split(".") if owner else []
+    while relative.startswith("../"):
+        parts, relative = parts[:-1], relative[3:]
+    return ".".join([*parts, relative])
+
+
+def _stack(name: str, module: nn.Module) -> str:
+    for part in name.split("."):
+        if part in ("encoder", "decoder"):
+            return part
+    return "decoder" if getattr(module, "is_causal", False) else "encoder"
+
+
+def _kind(name: str, module: nn.Module) -> str:
+    return "cross" if "cross" in name.lower() or "cross" in type(module).__name__.lower() else "self"
+
+
+def _describe(
+    name: str, stack: str, index: int, kind: str, head_dim: int, projections: dict[str, nn.Linear], config: object
+) -> LayerInfo:
+    for role, projection in projections.items():
+        _check_projection(name, role, projection)
+    query, key, value, output = (projections[role] for role in ("query", "key", "value", "output"))
+    num_heads, num_kv_heads = query.out_features // head_dim, key.out_features // head_dim
+    expected = getattr(config, "num_attention_heads", num_heads)
+    consistent = (
+        num_heads == expected
+        and query.out_features == output.in_features == num_heads * head_dim
+        and key.out_features == value.out_features == num_kv_heads * head_dim
+        and num_kv_heads > 0
+        and num_heads % num_kv_heads == 0
+        and key.in_features == value.in_features
+        and (kind == "cross" or query.in_features == key.in_features)
+    )
+    if not consistent:
+        raise UnsupportedError(
+            f"model: {name} has projections of {query.out_features}, {key.out_features}, {value.out_features} and "
+            f"{output.in_features} features, wanted {expected} heads of {head_dim}; its layout needs a family of its own"
+        )
+    return LayerInfo(name, stack, index, kind, num_heads, num_kv_heads, head_dim, head_dim)
+
+
+def _check_projection(name: str, role: str, projection: nn.Module | None) -> None:
+    if isinstance(projection, (InProjection, OutProjection)):
+        raise invalid("model", "a model that is not attached, whole or in part", f"{name}, attached already")
+    if type(projection) is not nn.Linear:
+        raise UnsupportedError(
+            f"model: the {role} projection of {name} must be exactly torch.nn.Linear, got {type(projection).__name__} "
+            "(quantised, adapted and parametrised projections are not supported yet)"
+        )
+    forward = projection.__dict__.get("forward")
+    if forward is not None and "_old_forward" not in projection.__dict__:
+        raise UnsupportedError(
+            f"model: the {role} projection of {name} has a forward of its own on the instance, {describe(forward)}; "
+            "it would be bypassed"
+        )
+
+
+def _patterns(argument: str, value: object) -> list[str] | None:
+    if value is None:
+        return None
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(each, str) for each in patterns):
+        raise invalid_type(argument, "None, a pattern of layer names or a list of patterns", value)
+    return list(patterns)
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _unknown(model_type: str, filtered: bool) -> str:
+    if filtered:
+        return "include, exclude: wanted patterns that leave at least one layer, got none left"
+    known = "; ".join(f"{each.query}, {each.key}, {each.value}, {each.output}, {each.head_dim}" for each in FAMILIES)
+    return (
+        f"model: found no attention layer in {model_type} whose projections fit a known family ({known}). If its "
+        "attention reshapes with view(..., -1, head_dim), describe it: append a Family(query, key, value, output, "
+        "head_dim) of attribute names to sparse_heads.integrations.transformers.families.FAMILIES"
+    )

@@ -1,0 +1,135 @@
+"""The seam: subclasses of `nn.Linear` that an attached model's projections become, by reassigning `__class__`."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import UnsupportedError, invalid
+from ...layers import LayerInfo
+from ...ops.projection.api import choose
+from .calls import current_call
+from .selection import LayerSelection
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+
+class Waiting(threading.local):
+    """Keys and values computed with the queries, until their own modules ask: one input's, in this thread.
+
+    They are handed out once, for the same input unchanged under the same selection, and dropped with the input.
+    """
+
+    def __init__(self) -> None:
+        self.input: weakref.ref[Tensor] | None = None
+        self.row: LayerSelection | None = None
+        self.version = 0
+        self.outputs: dict[str, Tensor] = {}
+
+    def put(self, x: Tensor, row: LayerSelection, outputs: dict[str, Tensor]) -> None:
+        self.input = weakref.ref(x, lambda _: outputs.clear())
+        self.row, self.version, self.outputs = row, _version(x), outputs
+
+    def take(self, x: Tensor, row: LayerSelection, role: str) -> Tensor | None:
+        if self.input is None or self.input() is not x or self.row is not row or self.version != _version(x):
+            return None
+        return self.outputs.pop(role, None)
+
+    def __deepcopy__(self, memo: dict) -> Waiting:
+        return Waiting()
+
+    def __reduce__(self) -> tuple:
+        return Waiting, ()
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
+
+
+@dataclass(eq=False)
+class Site:
+    """One attention layer of an attached model: its projections, and which of them share their input."""
+
+    handle: Handle
+    row: int
+    layer: LayerInfo
+    projections: dict[str, nn.Linear]
+    waiting: Waiting = field(default_factory=Waiting)
+
+    def sharing(self, role: str) -> list[str]:
+        """The projections that one pass over `x` computes when `role` is called."""
+        self_attention = ["query", "key", "value"] if self.layer.kind == "self" else ["query"]
+        roles = {"query": self_attention, "key": ["key", "value"]}.get(role, [role])
+        # Offloading brings each module's weights in as it is called: then nothing can be computed ahead.
+        return [each for each in roles if each == role or "_hf_hook" not in self.projections[each].__dict__]
+
+
+class InProjection(nn.Linear):
+    """A query, key or value projection that computes the kept heads only."""
+
+    _sparse_heads: tuple[Site, str]
+
+    def forward(self, input: Tensor) -> Tensor:
+        site, role = self._sparse_heads
+        selection = current_call(site.handle).selection
+        row = None if selection is None else selection.rows[site.row]
+        if row is None:
+            return F.linear(input, self.weight, self.bias)
+        output = site.waiting.take(input, row, role)
+        if output is not None:
+            return output
+        roles = site.sharing(role)
+        modules = [site.projections[each] for each in roles]
+        outputs = choose(site.handle.backend, input).in_projection(
+            input,
+            [module.weight for module in modules],
+            [module.bias for module in modules],
+            [row.heads if each == "query" else row.kv_heads for each in roles],
+            site.layer.head_dim,
+        )
+        if row.is_empty:
+            # The model's own reshape cannot infer a head count of 0: one zero head stands in, and is ignored later.
+            outputs = [F.pad(output, (0, site.layer.head_dim)) for output in outputs]
+        if len(roles) > 1:
+            site.waiting.put(input, row, dict(zip(roles[1:], outputs[1:], strict=True)))
+        return outputs[0]
+
+
+class OutProjection(nn.Linear):
+    """An output projection that reads the kept heads' columns only; `scale` acts on its input."""
+
+    _sparse_heads: tuple[Site, str]
+
+    def forward(self, input: Tensor) -> Tensor:
+        site, _ = self._sparse_heads
+        call = current_call(site.handle)
+        row = None if call.selection is None else call.selection.rows[site.row]
+        if row is None:
+            input = input if call.scale is None else _scaled(input, call.scale[..., site.row, : site.layer.num_heads])
+            return F.linear(input, self.weight, self.bias)
+        kept, head_dim = row.heads.shape[0], site.layer.v_head_dim
+        if input.shape[-1] != max(kept, 1) * head_dim:
+            raise UnsupportedError(
+                f"layer {site.layer.name}: its attention gave {input.shape[-1]} values a token for {kept} kept heads of "
+                f"{head_dim}; its forward does not follow the number of heads and needs a family entry of its own"
+            )
+        if row.is_empty:
+            input = input[..., :0]
+        elif call.scale is not None:
+            input = _scaled(input, call.scale[..., site.row, row.heads])
+        return choose(site.handle.backend, input).out_projection(input, self.weight, self.bias, row.heads, head_dim)
+
+
+def _scaled(heads: Tensor, scale: Tensor) -> Tensor:
+    """`heads [B, T, H*D]` times `scale [H]` or `[B, H]`."""
+    if scale.dim() == 2:
+        if scale.shape[0] != heads.shape[0]:
+            raise invalid("scale", f"[B, L, H] with B = {heads.shape[0]}, the rows of the batch", f"B = {scale.shape[0]}")
+        scale = scale.unsqueeze(1)
+    return (heads.unflatten(-1, (scale.shape[-1], -1)) * scale.to(heads.dtype).unsqueeze(-1)).flatten(-2)

@@ -1,0 +1,188 @@
+"""`in_projection` and `out_projection`: checks, choice of backend, head-major layout."""
+
+from __future__ import annotations
+
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ... import _native
+from ...errors import BackendUnavailableError, SparseHeadsWarning, UnsupportedError, invalid
+from . import cpu, reference
+from .validation import (
+    as_sequence,
+    check_bias,
+    check_gate,
+    check_head_dim,
+    check_head_mask,
+    check_tokens,
+    check_weight,
+)
+
+BACKENDS = ("auto", "reference", "cpu")
+
+
+def in_projection(
+    x: Tensor,
+    weight: Tensor | tuple[Tensor, ...],
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
+    head_mask: Tensor | None = None,
+    *,
+    head_dim: int,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """Project tokens to the kept heads only; masked heads' rows of the weights are not read.
+
+    Equivalent to, for a shared mask:
+
+        rows = weight.view(-1, head_dim, E)[head_mask].flatten(0, 1)
+        (x @ rows.T + bias.view(-1, head_dim)[head_mask].flatten()).view(B, T, -1, head_dim).transpose(1, 2)
+
+    Args:
+        x: `[B, T, E]`, floating point.
+        weight: `[H*D, E]`, or a tuple of them (queries, keys and values); one with fewer heads `H_kv`, a divisor of
+            `H`, keeps the key/value heads of which at least one query head is kept (grouped queries).
+        bias: `[H*D]` or None; for a tuple of weights a tuple of the same length, or None.
+        head_mask: bool `[H]` (shared) or `[B, H]` (one row a request), True = the head runs; None = all heads.
+        head_dim: `D`.
+        backend: `"auto"`, `"reference"` or `"cpu"` (the C++ extension; shared masks).
+
+    Returns:
+        `[B, kept, T, D]` under a shared mask, `[B, H, T, D]` with zero rows for masked heads under a mask per request;
+        a tuple for a tuple of weights. Differentiable; masked heads' weights get zero gradients.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or value (named in the message).
+    """
+    check_tokens("x", x, 3, "[B, T, E]")
+    check_head_dim(head_dim)
+    weights = as_sequence("weight", weight)
+    biases = as_sequence("bias", bias, len(weights))
+    for each_weight, each_bias in zip(weights, biases, strict=True):
+        check_weight("weight", each_weight, x, head_dim, rows=None, columns=x.shape[2])
+        check_bias("bias", each_bias, each_weight)
+    counts = [each.shape[0] // head_dim for each in weights]
+    num_heads = max(counts)
+    if any(num_heads % count for count in counts):
+        raise invalid("weight", f"head counts that divide the largest, {num_heads}", f"{counts} heads")
+    if head_mask is None:
+        head_mask = torch.ones(num_heads, dtype=torch.bool, device=x.device)
+    check_head_mask(head_mask, num_heads, x.shape[0], x.device)
+    masks = [head_mask.unflatten(-1, (count, -1)).any(-1) for count in counts]
+    implementation = choose(backend, x, per_request=head_mask.dim() == 2)
+    if head_mask.dim() == 2:
+        outputs = reference.in_projection_per_request(x, weights, biases, masks, head_dim)
+    else:
+        kept = [mask.nonzero()[:, 0] for mask in masks]
+        outputs = implementation.in_projection(x, weights, biases, kept, head_dim)
+    heads = tuple(output.unflatten(-1, (output.shape[-1] // head_dim, head_dim)).transpose(1, 2) for output in outputs)
+    return heads if isinstance(weight, (tuple, list)) else heads[0]
+
+
+def out_projection(
+    heads: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    head_mask: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Project the kept heads' outputs back to the model width; masked heads and their weight columns are not read.
+
+    Equivalent to, for a shared mask and `heads [B, H, T, D]`:
+
+        (heads * gate[:, None, None])[:, head_mask].transpose(1, 2).flatten(2) @ weight_of_kept_columns.T + bias
+
+    Args:
+        heads: `[B, kept, T, D]` as `in_projection` gives under a shared mask, or all heads `[B, H, T, D]`, of which
+            only the kept are read.
+        weight: `[E, H*D]`.
+        bias: `[E]` or None; it stays whatever is masked.
+        head_mask: bool `[H]` or `[B, H]`, True = the head runs; None = all heads.
+        gate: float `[H]` or `[B, H]`, multiplies heads before the projection; differentiable, exact also at 0;
+            masked heads' gates get a zero gradient.
+        backend: `"auto"`, `"reference"` or `"cpu"` (the C++ extension; shared masks).
+
+    Returns:
+        `[B, T, E]`, differentiable.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or value (named in the message).
+    """
+    check_tokens("heads", heads, 4, "[B, kept or H, T, D]")
+    batch, given, _, head_dim = heads.shape
+    check_head_dim(head_dim)
+    check_weight("weight", weight, heads, head_dim, rows=None if not isinstance(weight, Tensor) else weight.shape[0],
+                 columns=None)
+    check_bias("bias", bias, weight)
+    num_heads = weight.shape[1] // head_dim
+    if head_mask is None:
+        head_mask = torch.ones(num_heads, dtype=torch.bool, device=heads.device)
+    check_head_mask(head_mask, num_heads, batch, heads.device)
+    implementation = choose(backend, heads, per_request=head_mask.dim() == 2)
+    kept = None if head_mask.dim() == 2 else head_mask.nonzero()[:, 0]
+    if given != num_heads and (kept is None or given != kept.shape[0]):
+        wanted = f"{num_heads} heads" if kept is None else f"{num_heads} heads, or the {kept.shape[0]} kept ones"
+        raise invalid("heads", wanted, heads)
+    if gate is not None:
+        check_gate(gate, num_heads, batch, heads.device)
+        # Masked heads leave before the product: their values, also NaN, must not reach the gate's gradient.
+        if kept is None:
+            heads = torch.where(head_mask[:, :, None, None], heads, 0.0)
+        else:
+            heads = heads.index_select(1, kept) if given == num_heads else heads
+            gate = gate.index_select(-1, kept)
+        heads = heads * gate.to(heads.dtype)[..., None, None]
+    tokens = heads.transpose(1, 2).flatten(2)
+    if kept is None:
+        return reference.out_projection_per_request(tokens, weight, bias, head_mask, head_dim)
+    return implementation.out_projection(tokens, weight, bias, kept, head_dim)
+
+
+def check_backend(backend: str) -> None:
+    """Raise unless the projections can run on the backend of that name, on some tensor."""
+    if backend in ("triton", "cuda"):
+        raise BackendUnavailableError(f"backend: the projections have no {backend!r} kernels yet; use one of {BACKENDS}")
+    if backend not in BACKENDS:
+        raise invalid("backend", f"one of {BACKENDS}", backend)
+    if backend == "cpu" and not _native.available():
+        raise BackendUnavailableError(f"backend: 'cpu' is not available: {_native.why_unavailable()}")
+
+
+def choose(backend: str, x: Tensor, per_request: bool = False) -> ModuleType:
+    """The implementation for tensors like `x`: `reference` or `cpu`; raises where a named backend cannot run."""
+    if backend == "reference":
+        return reference
+    on_cpu, autocast = x.device.type == "cpu", torch.is_autocast_enabled(x.device.type)
+    if backend == "auto":
+        if not on_cpu or per_request or autocast:
+            return reference
+        if _native.available():
+            return cpu
+        _warn_reference()
+        return reference
+    check_backend(backend)
+    if not on_cpu:
+        raise BackendUnavailableError(f"backend: 'cpu' needs tensors on the CPU, got {x.device}")
+    if per_request:
+        raise UnsupportedError("backend: 'cpu' takes a head_mask [H] shared by the batch; [B, H] needs 'reference'")
+    if autocast:
+        raise UnsupportedError("backend: 'cpu' does not run under autocast; use 'auto' or 'reference'")
+    return cpu
+
+
+_warned = False
+
+
+def _warn_reference() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"the projections run the reference: the C++ extension is not available: {_native.why_unavailable()}",
+            SparseHeadsWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,80 @@
+"""Argument checks of the public projections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...errors import describe, invalid, invalid_type
+
+
+def check_tokens(argument: str, x: Tensor, dim: int, wanted: str) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise invalid_type(argument, f"a floating-point tensor {wanted}", x)
+    if x.dim() != dim:
+        raise invalid(argument, wanted, x)
+
+
+def check_head_dim(head_dim: int) -> None:
+    if isinstance(head_dim, bool) or not isinstance(head_dim, int):
+        raise invalid_type("head_dim", "a positive int", head_dim)
+    if head_dim <= 0:
+        raise invalid("head_dim", "a positive int", head_dim)
+
+
+def check_weight(argument: str, weight: Tensor, x: Tensor, head_dim: int, *, rows: int | None, columns: int | None) -> None:
+    """`rows`, `columns`: the size wanted, or None for a multiple of `head_dim`."""
+    shape = f"[{'heads*head_dim' if rows is None else rows}, {'heads*head_dim' if columns is None else columns}]"
+    wanted = f"{shape} with head_dim {head_dim}, {x.dtype}, on {x.device}"
+    if not isinstance(weight, Tensor):
+        raise invalid_type(argument, f"a tensor {wanted}", weight)
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise invalid_type(argument, wanted, weight)
+    if weight.dim() != 2 or weight.device != x.device:
+        raise invalid(argument, wanted, weight)
+    for size, expected in zip(weight.shape, (rows, columns), strict=True):
+        if size != expected if expected is not None else size == 0 or size % head_dim:
+            raise invalid(argument, wanted, weight)
+
+
+def check_bias(argument: str, bias: Tensor | None, weight: Tensor) -> None:
+    if bias is None:
+        return
+    wanted = f"None or [{weight.shape[0]}], {weight.dtype}, on {weight.device}"
+    if not isinstance(bias, Tensor) or bias.dtype != weight.dtype:
+        raise invalid_type(argument, wanted, bias)
+    if bias.shape != weight.shape[:1] or bias.device != weight.device:
+        raise invalid(argument, wanted, bias)
+
+
+def check_head_mask(head_mask: Tensor, num_heads: int, batch: int, device: torch.device) -> None:
+    wanted = f"None or a bool tensor [{num_heads}] or [{batch}, {num_heads}] (heads, or requests and heads) on {device}"
+    if not isinstance(head_mask, Tensor) or head_mask.dtype != torch.bool:
+        raise invalid_type("head_mask", wanted, head_mask)
+    if head_mask.dim() > 2:
+        raise invalid("head_mask", wanted + "; masks per token are not supported", head_mask)
+    if tuple(head_mask.shape) not in ((num_heads,), (batch, num_heads)) or head_mask.device != device:
+        raise invalid("head_mask", wanted, head_mask)
+
+
+def check_gate(gate: Tensor, num_heads: int, batch: int, device: torch.device) -> None:
+    """NaN is looked for on the CPU only: elsewhere the look would synchronise, and the value propagates."""
+    wanted = f"None or a floating-point tensor [{num_heads}] or [{batch}, {num_heads}] on {device}"
+    if not isinstance(gate, Tensor) or not gate.is_floating_point():
+        raise invalid_type("gate", wanted, gate)
+    if tuple(gate.shape) not in ((num_heads,), (batch, num_heads)) or gate.device != device:
+        raise invalid("gate", wanted, gate)
+    if device.type == "cpu" and bool(gate.detach().isnan().any()):
+        raise invalid("gate", "numbers", f"NaN in {describe(gate)}")
+
+
+def as_sequence(argument: str, value: object, length: int | None = None) -> Sequence:
+    """A tensor or None stands for a sequence of itself; `length`: what the sequence must have."""
+    items = list(value) if isinstance(value, (tuple, list)) else [value] * (length or 1)
+    if isinstance(value, Tensor) and length not in (None, 1):
+        raise invalid(argument, f"None or {length} biases, one a weight", value)
+    if not items or length not in (None, len(items)):
+        raise invalid(argument, f"{length or 'at least one'} tensors", f"{len(items)}")
+    return items
