@@ -1,0 +1,171 @@
+// The register tile of the panel way: up to 13 weight rows times 16 or 32 tokens, summed over all columns.
+#pragma once
+
+#include "cpu/avx512.h"
+
+#if SPARSE_HEADS_HAVE_AVX512
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "params.h"
+
+namespace sparse_heads::cpu {
+
+struct PanelTraits {
+  static constexpr int kRows = 13;
+  static constexpr int kVectors = 2;
+  static constexpr int64_t kTokens = kVectors * kLanes;
+  // Packed inputs of one block stay in a 1 MB L2 beside the weight rows that pass through.
+  static constexpr int64_t kBlockTokens = 128;
+  static constexpr int64_t kBlockColumns = 768;
+  // One running sum takes this many columns (up to twice as many over short runs): longer ones round worse.
+  static constexpr int64_t kSumColumns = 256;
+  // A thread is woken only for this many multiplications.
+  static constexpr int64_t kProductsPerThread = 128 * 1024;
+};
+static_assert(PanelTraits::kRows * PanelTraits::kVectors + PanelTraits::kVectors + 1 <= 32, "a tile fits the registers");
+static_assert(PanelTraits::kBlockTokens % PanelTraits::kTokens == 0, "a block is whole panels");
+static_assert(PanelTraits::kBlockTokens * PanelTraits::kBlockColumns * 4 <= 512 * 1024, "a block fits half of L2");
+
+struct PanelTile {
+  const float* packed;    // [columns][vectors][16], the columns of `column_runs` one after another
+  const RowRun* run;
+  int64_t first_row;
+  const float* upcoming;  // weights of the tile that comes next, to prefetch
+  int64_t upcoming_stride;
+  int64_t upcoming_rows;
+  int64_t first_token;
+  int64_t tokens;         // at most 16 * vectors
+  bool accumulate;        // add to what is stored: this is not the first block of columns
+};
+
+template <int Rows, int Vectors>
+SPARSE_HEADS_AVX512 void multiply_panel(const std::vector<ColumnRun>& column_runs, const PanelTile& tile) {
+  const RowRun& run = *tile.run;
+  const int64_t stride = run.weight_stride;
+  const float* weights = run.weight + tile.first_row * stride;
+  const float* packed = tile.packed;
+
+  __m512 sums[Rows][Vectors];
+  alignas(64) float earlier[Rows][Vectors][kLanes];  // finished running sums
+  bool has_earlier = false;
+  int64_t summed = 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) sums[i][v] = _mm512_setzero_ps();
+  }
+  for (const ColumnRun& columns : column_runs) {
+    if (summed >= PanelTraits::kSumColumns) {
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+        for (int v = 0; v < Vectors; ++v) {
+          if (has_earlier) sums[i][v] = _mm512_add_ps(sums[i][v], _mm512_load_ps(earlier[i][v]));
+          _mm512_store_ps(earlier[i][v], sums[i][v]);
+          sums[i][v] = _mm512_setzero_ps();
+        }
+      }
+      has_earlier = true;
+      summed = 0;
+    }
+    summed += columns.columns;
+    const float* row = weights + columns.weight_column;
+    const float* upcoming = tile.upcoming + columns.weight_column;
+    for (int64_t line = 0; line < columns.columns; line += kLanes) {
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) {
+        const int64_t next = i < tile.upcoming_rows ? i : tile.upcoming_rows - 1;
+        _mm_prefetch(upcoming + line + next * tile.upcoming_stride, _MM_HINT_T1);
+      }
+      const int64_t end = line + kLanes < columns.columns ? line + kLanes : columns.columns;
+      for (int64_t c = line; c < end; ++c) {
+        __m512 inputs[Vectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < Vectors; ++v) inputs[v] = _mm512_load_ps(packed + v * kLanes);
+        packed += Vectors * kLanes;
+#pragma GCC unroll 16
+        for (int i = 0; i < Rows; ++i) {
+          const __m512 weight = _mm512_set1_ps(row[i * stride + c]);
+#pragma GCC unroll 2
+          for (int v = 0; v < Vectors; ++v) sums[i][v] = _mm512_fmadd_ps(weight, inputs[v], sums[i][v]);
+        }
+      }
+    }
+  }
+
+  if (has_earlier) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) sums[i][v] = _mm512_add_ps(sums[i][v], _mm512_load_ps(earlier[i][v]));
+    }
+  }
+  const __mmask16 mask = first_lanes(Rows);
+  const bool with_bias = run.bias && !tile.accumulate;
+  const __m512 bias = with_bias ? _mm512_maskz_loadu_ps(mask, run.bias + tile.first_row) : _mm512_setzero_ps();
+  float* output = run.output + tile.first_token * run.output_stride + tile.first_row;
+#pragma GCC unroll 2
+  for (int v = 0; v < Vectors; ++v) {
+    __m512 results[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) results[i] = i < Rows ? sums[i < Rows ? i : 0][v] : _mm512_setzero_ps();
+    transpose16(results);
+#pragma GCC unroll 16
+    for (int t = 0; t < kLanes; ++t) {
+      if (v * kLanes + t >= tile.tokens) break;
+      float* token = output + (v * kLanes + t) * run.output_stride;
+      const __m512 before = tile.accumulate ? _mm512_maskz_loadu_ps(mask, token) : bias;
+      _mm512_mask_storeu_ps(token, mask, _mm512_add_ps(results[t], before));
+    }
+  }
+}
+
+// Packs `tokens` rows of input (at most 16 * vectors; missing ones read as zero) into [columns][vectors][16].
+template <int Vectors>
+SPARSE_HEADS_AVX512 void pack_panel(
+    const float* input, int64_t stride, int64_t tokens, const std::vector<ColumnRun>& column_runs, float* packed) {
+  for (const ColumnRun& columns : column_runs) {
+    for (int64_t c = 0; c < columns.columns; c += kLanes) {
+      const int64_t width = columns.columns - c < kLanes ? columns.columns - c : kLanes;
+      const __mmask16 mask = first_lanes(width);
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) {
+        __m512 tile[kLanes];
+#pragma GCC unroll 16
+        for (int t = 0; t < kLanes; ++t) {
+          const int64_t token = v * kLanes + t;
+          tile[t] = token < tokens
+              ? _mm512_maskz_loadu_ps(mask, input + token * stride + columns.input_column + c)
+              : _mm512_setzero_ps();
+        }
+        transpose16(tile);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          if (i >= width) break;
+          _mm512_store_ps(packed + (i * Vectors + v) * kLanes, tile[i]);
+        }
+      }
+      packed += width * Vectors * kLanes;
+    }
+  }
+}
+
+using PanelFunction = void (*)(const std::vector<ColumnRun>&, const PanelTile&);
+
+template <int Vectors, int... Index>
+PanelFunction panel_function(int64_t rows, std::integer_sequence<int, Index...>) {
+  static constexpr PanelFunction functions[] = {&multiply_panel<Index + 1, Vectors>...};
+  return functions[rows - 1];
+}
+
+inline PanelFunction panel_function(int64_t rows, int64_t vectors) {
+  constexpr auto counts = std::make_integer_sequence<int, PanelTraits::kRows>();
+  return vectors == 1 ? panel_function<1>(rows, counts) : panel_function<2>(rows, counts);
+}
+
+}  // namespace sparse_heads::cpu
+
+#endif
