@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ._version import __version__
-from .errors import FileFormatError, InvalidArgumentError, InvalidTypeError, invalid, invalid_type
+from .errors import FileFormatError, InvalidArgumentError, InvalidTypeError, describe, invalid, invalid_type
 from .layers import LayerInfo, Layers
 
 SCHEMA_VERSION = 1
@@ -157,18 +157,18 @@ def _parse_layers(text: str, kind: FileKind) -> Layers:
     except (ValueError, RecursionError) as error:
         raise invalid("description", "JSON", str(error)) from error
     if not isinstance(description, dict):
-        raise invalid_type("description", "a JSON object", description)
+        raise invalid_type("description", "a JSON object", describe(description))
     version = description.get("schema_version")
     if type(version) is not int or version != SCHEMA_VERSION:
-        raise invalid("schema_version", f"{SCHEMA_VERSION}, the one that this version of the library reads", version)
+        raise invalid("schema_version", f"{SCHEMA_VERSION}, all that this library can read", describe(version))
     if description.get("kind") != kind.name:
-        raise invalid("kind", repr(kind.name), description.get("kind"))
+        raise invalid("kind", repr(kind.name), describe(description.get("kind")))
     entries = description.get("layers")
     if not isinstance(entries, list):
-        raise invalid_type("layers", "a list", entries)
+        raise invalid_type("layers", "a list", describe(entries))
     wanted = {field.name for field in fields(LayerInfo)}
     for entry in entries:
         if not isinstance(entry, dict) or set(entry) != wanted:
-            raise invalid("layers", f"entries with exactly {sorted(wanted)}", entry)
+            raise invalid("layers", f"entries with exactly {sorted(wanted)}", describe(entry))
     infos = [LayerInfo(**entry) for entry in entries]
     return Layers(infos, description.get("model_type"), description.get("base_model"))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .errors import invalid, invalid_type
+from .errors import describe, invalid, invalid_type
 from .layers import KINDS, LayerInfo, Layers, whole_number
 
 
@@ -70,7 +70,7 @@ def _chosen_kinds(kinds: Iterable[str] | None, layers: Layers) -> set[str]:
     if kinds is None:
         return set(KINDS)
     if isinstance(kinds, str) or not isinstance(kinds, Iterable):
-        raise invalid_type("kinds", "a list of 'self' and 'cross', or None", kinds)
+        raise invalid_type("kinds", "a list of 'self' and 'cross', or None", describe(kinds))
     kinds = list(kinds)
     if any(kind not in KINDS for kind in kinds):
         raise invalid("kinds", "'self' and 'cross' only", kinds)

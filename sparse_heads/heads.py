@@ -14,7 +14,7 @@ import torch
 
 from ._files import SCORES, SUBSET, load_files, save_files
 from ._ranking import check_budget, smallest_budgets
-from .errors import SubsetMismatchError, invalid, invalid_type
+from .errors import SubsetMismatchError, describe, invalid, invalid_type
 from .layers import LayerInfo, Layers, whole_number
 
 __all__ = ["HeadScores", "HeadSubset", "LayerInfo", "Layers"]
@@ -31,7 +31,7 @@ class HeadSubset:
     def __init__(self, mask: torch.Tensor, layers: Layers) -> None:
         _check_layers(layers)
         if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-            raise invalid_type("mask", "a bool tensor", mask)
+            raise invalid_type("mask", "a bool tensor", describe(mask))
         rows, heads = len(layers), layers.max_heads
         if mask.shape[-2:] != (rows, heads) or mask.dim() not in (2, 3) or mask.shape[0] == 0:
             raise invalid("mask", f"shape [{rows}, {heads}] or [requests, {rows}, {heads}]", mask)
@@ -47,7 +47,7 @@ class HeadSubset:
         """
         _check_layers(layers)
         if not isinstance(kept, Mapping):
-            raise invalid_type("kept", "a dict {row or name of a layer: kept heads}", kept)
+            raise invalid_type("kept", "a dict {row or name of a layer: kept heads}", describe(kept))
         mask = layers.real_heads()
         named = set()
         for layer, heads in kept.items():
@@ -106,7 +106,7 @@ class HeadSubset:
         direction: "up" keeps all heads of a group that has one on, "down" none of a group that has one off.
         """
         if direction not in ("up", "down"):
-            raise invalid("direction", "'up' or 'down'", direction)
+            raise invalid("direction", "'up' or 'down'", describe(direction))
         mask = self.mask
         for row, info in enumerate(self._layers):
             grouped = self._grouped(row)
@@ -121,7 +121,7 @@ class HeadSubset:
         """
         length = whole_number("length", length, 0)
         if not isinstance(dtype, torch.dtype):
-            raise invalid_type("dtype", "a torch.dtype", dtype)
+            raise invalid_type("dtype", "a torch.dtype", describe(dtype))
         sizes = [length * info.uses * (info.head_dim + info.v_head_dim) * dtype.itemsize for info in self._layers]
         counts = self.groups().sum(-1).reshape(-1, len(self._layers)).tolist()
         totals = [sum(count * size for count, size in zip(row, sizes, strict=True)) for row in counts]
@@ -197,7 +197,7 @@ class HeadScores:
     def __init__(self, tensor: torch.Tensor, layers: Layers) -> None:
         _check_layers(layers)
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise invalid_type("tensor", "a float tensor", tensor)
+            raise invalid_type("tensor", "a float tensor", describe(tensor))
         if tensor.shape != (len(layers), layers.max_heads):
             raise invalid("tensor", f"shape [{len(layers)}, {layers.max_heads}]", tensor)
         dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
@@ -239,7 +239,7 @@ class HeadScores:
     ) -> HeadSubset:
         """A subset with one request a budget, each as `top` gives it: a smaller budget's heads are in a larger's."""
         if isinstance(budgets, (str, bytes)) or not isinstance(budgets, Iterable):
-            raise invalid_type("budgets", "a list of ints", budgets)
+            raise invalid_type("budgets", "a list of ints", describe(budgets))
         smallest, reachable = smallest_budgets(
             self._tensor, self._layers, min_per_layer=min_per_layer, kinds=kinds, groups=groups
         )
@@ -278,7 +278,7 @@ class HeadScores:
 
 def _check_layers(layers: object) -> None:
     if not isinstance(layers, Layers):
-        raise invalid_type("layers", "a Layers (handle.layers is one)", layers)
+        raise invalid_type("layers", "a Layers (handle.layers is one)", describe(layers))
 
 
 def _row_of(layer: object, layers: Layers) -> int:
@@ -289,7 +289,7 @@ def _row_of(layer: object, layers: Layers) -> int:
         return row
     names = [info.name for info in layers]
     if layer not in names:
-        raise invalid("kept", f"names of attention layers such as {names[0]!r}", layer)
+        raise invalid("kept", f"names of attention layers such as {names[0]!r}", repr(layer))
     return names.index(layer)
 
 
@@ -298,7 +298,7 @@ def _checked_heads(heads: object, info: LayerInfo) -> list[int]:
     if isinstance(heads, torch.Tensor):
         heads = heads.tolist()
     if isinstance(heads, (str, bytes)) or not isinstance(heads, Iterable):
-        raise invalid_type(argument, "a list of head indices", heads)
+        raise invalid_type(argument, "a list of head indices", describe(heads))
     checked = [whole_number(argument, head, 0) for head in heads]
     if any(head >= info.num_heads for head in checked):
         raise invalid(argument, f"heads below {info.num_heads}", max(checked))

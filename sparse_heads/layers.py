@@ -8,7 +8,7 @@ from numbers import Integral
 
 import torch
 
-from .errors import invalid, invalid_type
+from .errors import describe, invalid, invalid_type
 
 KINDS = ("self", "cross")
 
@@ -16,7 +16,7 @@ KINDS = ("self", "cross")
 def whole_number(argument: str, value: object, minimum: int) -> int:
     """`value` as an int; InvalidTypeError when it is not a whole number, InvalidArgumentError when below `minimum`."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise invalid_type(argument, "an int", value)
+        raise invalid_type(argument, "an int", describe(value))
     if value < minimum:
         raise invalid(argument, f"at least {minimum}", value)
     return int(value)
@@ -51,7 +51,7 @@ class LayerInfo:
             if not isinstance(getattr(self, field), str):
                 raise invalid_type(f"LayerInfo.{field}", "a str", getattr(self, field))
         if self.kind not in KINDS:
-            raise invalid("LayerInfo.kind", "'self' or 'cross'", self.kind)
+            raise invalid("LayerInfo.kind", "'self' or 'cross'", repr(self.kind))
         for field in ("index", "num_heads", "num_kv_heads", "head_dim", "v_head_dim", "uses"):
             number = whole_number(f"LayerInfo.{field}", getattr(self, field), 0 if field == "index" else 1)
             object.__setattr__(self, field, number)
@@ -86,7 +86,7 @@ class Layers(tuple):
             raise invalid("layers", "at least one layer", "none")
         for info in self:
             if not isinstance(info, LayerInfo):
-                raise invalid_type("layers", "LayerInfo entries", info)
+                raise invalid_type("layers", "LayerInfo entries", describe(info))
         for field in ("name", "key"):
             seen = set()
             for info in self:
