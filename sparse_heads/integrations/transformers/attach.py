@@ -45,7 +45,9 @@ def attach(
     existing = get_handle(model)
     if existing is not None:
         if existing.options != options:
-            raise invalid("model", f"a model not attached with other options ({existing.options})", f"options {options}")
+            raise invalid(
+                "model", f"a model not attached with other options ({existing.options})", f"options {options}"
+            )
         return existing
     if layout not in LAYOUTS:
         if layout in ("wide", "core"):

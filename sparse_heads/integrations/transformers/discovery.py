@@ -51,8 +51,9 @@ def find_layers(model: nn.Module, include: object, exclude: object) -> tuple[Lay
 
 
 def _fits(module: nn.Module, family: Family) -> bool:
-    return all(isinstance(getattr(module, name, None), nn.Module) for name in (family.query, family.key, family.value)) \
-        and isinstance(getattr(module, family.head_dim, None), int)
+    return all(
+        isinstance(getattr(module, name, None), nn.Module) for name in (family.query, family.key, family.value)
+    ) and isinstance(getattr(module, family.head_dim, None), int)
 
 
 def _path(owner: str, relative: str) -> str:

@@ -215,7 +215,9 @@ def _open_call(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
 def _refuse(module: nn.Module, kwargs: dict) -> None:
     """What heads that are off cannot honour yet."""
     if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
-        raise UnsupportedError("past_key_values: caches under switched-off heads are not built yet; pass use_cache=False")
+        raise UnsupportedError(
+            "past_key_values: caches under switched-off heads are not built yet; pass use_cache=False"
+        )
     wanted = kwargs.get("output_attentions")
     if wanted or (wanted is None and getattr(getattr(module, "config", None), "output_attentions", False)):
         raise UnsupportedError(

@@ -116,8 +116,8 @@ class OutProjection(nn.Linear):
         kept, head_dim = row.heads.shape[0], site.layer.v_head_dim
         if input.shape[-1] != max(kept, 1) * head_dim:
             raise UnsupportedError(
-                f"layer {site.layer.name}: its attention gave {input.shape[-1]} values a token for {kept} kept heads of "
-                f"{head_dim}; its forward does not follow the number of heads and needs a family entry of its own"
+                f"layer {site.layer.name}: its attention gave {input.shape[-1]} values a token for {kept} kept heads "
+                f"of {head_dim}; its forward does not follow the number of heads and needs a family entry of its own"
             )
         if row.is_empty:
             input = input[..., :0]
@@ -130,6 +130,8 @@ def _scaled(heads: Tensor, scale: Tensor) -> Tensor:
     """`heads [B, T, H*D]` times `scale [H]` or `[B, H]`."""
     if scale.dim() == 2:
         if scale.shape[0] != heads.shape[0]:
-            raise invalid("scale", f"[B, L, H] with B = {heads.shape[0]}, the rows of the batch", f"B = {scale.shape[0]}")
+            raise invalid(
+                "scale", f"[B, L, H] with B = {heads.shape[0]}, the rows of the batch", f"B = {scale.shape[0]}"
+            )
         scale = scale.unsqueeze(1)
     return (heads.unflatten(-1, (scale.shape[-1], -1)) * scale.to(heads.dtype).unsqueeze(-1)).flatten(-2)

@@ -61,8 +61,8 @@ def in_projection(
     weights = as_sequence("weight", weight)
     biases = as_sequence("bias", bias, len(weights))
     for each_weight, each_bias in zip(weights, biases, strict=True):
-        check_weight("weight", each_weight, x, head_dim, rows=None, columns=x.shape[2])
-        check_bias("bias", each_bias, each_weight)
+        check_weight(each_weight, x, head_dim, heads_dim=0, width=x.shape[2])
+        check_bias(each_bias, each_weight)
     counts = [each.shape[0] // head_dim for each in weights]
     num_heads = max(counts)
     if any(num_heads % count for count in counts):
@@ -115,9 +115,8 @@ def out_projection(
     check_tokens("heads", heads, 4, "[B, kept or H, T, D]")
     batch, given, _, head_dim = heads.shape
     check_head_dim(head_dim)
-    check_weight("weight", weight, heads, head_dim, rows=None if not isinstance(weight, Tensor) else weight.shape[0],
-                 columns=None)
-    check_bias("bias", bias, weight)
+    check_weight(weight, heads, head_dim, heads_dim=1, width=None)
+    check_bias(bias, weight)
     num_heads = weight.shape[1] // head_dim
     if head_mask is None:
         head_mask = torch.ones(num_heads, dtype=torch.bool, device=heads.device)
@@ -145,7 +144,7 @@ def out_projection(
 def check_backend(backend: str) -> None:
     """Raise unless the projections can run on the backend of that name, on some tensor."""
     if backend in ("triton", "cuda"):
-        raise BackendUnavailableError(f"backend: the projections have no {backend!r} kernels yet; use one of {BACKENDS}")
+        raise BackendUnavailableError(f"backend: projections have no {backend!r} kernels yet; use one of {BACKENDS}")
     if backend not in BACKENDS:
         raise invalid("backend", f"one of {BACKENDS}", backend)
     if backend == "cpu" and not _native.available():

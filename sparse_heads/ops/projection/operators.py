@@ -57,7 +57,7 @@ def _in_projection_backward(ctx, grads):
     weights, kept = saved[: ctx.count], saved[ctx.count :]
     need_x, need_weights, need_biases = ctx.needs_input_grad[:3]
     tokens = x.reshape(-1, x.shape[-1])
-    grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+    grads = [grad.reshape(tokens.shape[0], grad.shape[-1]) for grad in grads]
     grad_x = None
     if need_x:
         rows = [gather_blocks(weight, heads, ctx.head_dim, 0) for weight, heads in zip(weights, kept, strict=True)]

@@ -47,7 +47,9 @@ def in_projection_per_request(
     return outputs
 
 
-def out_projection_per_request(heads: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, head_dim: int) -> Tensor:
+def out_projection_per_request(
+    heads: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, head_dim: int
+) -> Tensor:
     """As `out_projection` with one row of the bool `mask [B, H]` a request; `heads [B, T, H*D]`."""
     rows = [heads.new_zeros((0, heads.shape[1], weight.shape[0]))]
     for request, kept in zip(heads.split(1), mask, strict=True):

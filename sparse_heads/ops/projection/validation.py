@@ -24,29 +24,30 @@ def check_head_dim(head_dim: int) -> None:
         raise invalid("head_dim", "a positive int", head_dim)
 
 
-def check_weight(argument: str, weight: Tensor, x: Tensor, head_dim: int, *, rows: int | None, columns: int | None) -> None:
-    """`rows`, `columns`: the size wanted, or None for a multiple of `head_dim`."""
-    shape = f"[{'heads*head_dim' if rows is None else rows}, {'heads*head_dim' if columns is None else columns}]"
-    wanted = f"{shape} with head_dim {head_dim}, {x.dtype}, on {x.device}"
+def check_weight(weight: Tensor, x: Tensor, head_dim: int, heads_dim: int, width: int | None) -> None:
+    """`weight` has heads of `head_dim` side by side along `heads_dim`, and `width` (None: any) along the other."""
+    sizes = [str(width or "E")] * 2
+    sizes[heads_dim] = "heads*head_dim"
+    wanted = f"[{', '.join(sizes)}] with head_dim {head_dim}, {x.dtype}, on {x.device}"
     if not isinstance(weight, Tensor):
-        raise invalid_type(argument, f"a tensor {wanted}", weight)
+        raise invalid_type("weight", f"a tensor {wanted}", weight)
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise invalid_type(argument, wanted, weight)
+        raise invalid_type("weight", wanted, weight)
     if weight.dim() != 2 or weight.device != x.device:
-        raise invalid(argument, wanted, weight)
-    for size, expected in zip(weight.shape, (rows, columns), strict=True):
-        if size != expected if expected is not None else size == 0 or size % head_dim:
-            raise invalid(argument, wanted, weight)
+        raise invalid("weight", wanted, weight)
+    heads_size, other_size = weight.shape[heads_dim], weight.shape[1 - heads_dim]
+    if heads_size == 0 or heads_size % head_dim or other_size != (width or other_size):
+        raise invalid("weight", wanted, weight)
 
 
-def check_bias(argument: str, bias: Tensor | None, weight: Tensor) -> None:
+def check_bias(bias: Tensor | None, weight: Tensor) -> None:
     if bias is None:
         return
     wanted = f"None or [{weight.shape[0]}], {weight.dtype}, on {weight.device}"
     if not isinstance(bias, Tensor) or bias.dtype != weight.dtype:
-        raise invalid_type(argument, wanted, bias)
+        raise invalid_type("bias", wanted, bias)
     if bias.shape != weight.shape[:1] or bias.device != weight.device:
-        raise invalid(argument, wanted, bias)
+        raise invalid("bias", wanted, bias)
 
 
 def check_head_mask(head_mask: Tensor, num_heads: int, batch: int, device: torch.device) -> None:
