@@ -1,0 +1,100 @@
+"""The public operator: checks its arguments, chooses the implementation, runs it."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from sparse_heads.ops.attention.common import visible_span
+from sparse_heads.ops.attention.reference import attention_reference
+from sparse_heads.ops.attention.sdpa import attention_sdpa
+from sparse_heads.ops.attention.validation import (
+    check_backend,
+    check_head_arguments,
+    check_inputs,
+    check_score_arguments,
+)
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    head_mask: torch.Tensor | None = None,
+    *,
+    gate: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | tuple[int, int] | None = None,
+    sinks: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Scaled dot-product attention in which a head that is masked off is not computed.
+
+    Equivalent to, for what it covers (the masked heads' inputs, here multiplied by zero, are never looked at)::
+
+        key, value = (t.repeat_interleave(H // H_kv, dim=1) for t in (key, value))
+        scores = query @ key.transpose(-2, -1) * (D**-0.5 if scale is None else scale)
+        scores = softcap * torch.tanh(scores / softcap)             # softcap
+        scores = scores + attn_mask                                 # a floating attn_mask
+        scores = scores.masked_fill(~attn_mask, -torch.inf)         # a bool attn_mask; is_causal and window likewise
+        scores = torch.cat([scores, sinks[None, :, None, None].expand(B, H, T, 1)], dim=-1)
+        out = scores.softmax(dim=-1)[..., :S] @ value
+        out = out * (gate * head_mask)[..., None, None]
+
+    Shapes: B requests, H query heads, H_kv key/value heads that divide H (query head h reads key/value head
+    h // (H / H_kv)), T queries, S keys. Any size may be 0 but D. Strides are free.
+
+    Args:
+        query: [B, H, T, D], float16, bfloat16, float32 or float64.
+        key: [B, H_kv, S, D], dtype and device of query.
+        value: [B, H_kv, S, Dv], dtype and device of query.
+        head_mask: bool, True = the head runs; [H] for all requests, or [B, H]. A masked head's output is exact zeros,
+            and so are its gradients, whatever its inputs hold (NaN included).
+        gate: floating [H] or [B, H], multiplies the heads' outputs. Every head that head_mask keeps gets its exact
+            gate gradient, also where the gate is 0; masked heads get exactly 0. Without head_mask all heads run.
+        attn_mask: bool (True = attend), or added to the scores (float32 or the dtype of query); broadcastable to
+            [B, H, T, S]. One that requires grad gets its gradient.
+        is_causal: the queries are the last T of the S positions, and none sees a later one (FlashAttention's rule,
+            also SDPA's where T = S). Holds together with attn_mask and window.
+        scale: multiplies the scores, 1 / sqrt(D) by default.
+        softcap: bounds the scaled scores by softcap * tanh(scores / softcap), before any mask (Gemma 2).
+        window: w keeps a query's own position and the w - 1 before it; (left, right) keeps that many before and after
+            it (FlashAttention); -1 = unlimited, alone or on a side. Positions are aligned as for is_causal.
+        sinks: floating [H], one logit a head that takes part in the softmax sum and in nothing else (gpt-oss).
+        backend: "reference" (everything here), "sdpa" (all but softcap and sinks: the kept heads gathered, then
+            PyTorch's SDPA; on a GPU a head_mask synchronises once, for its count), or "auto" (sdpa where it covers the
+            arguments, else reference). Only the reference can be differentiated twice.
+
+    Returns:
+        [B, H, T, Dv] in the dtype of query, under autocast too. A query with every key hidden (False or -inf) gets
+        zeros, sinks or not, and no NaN in any gradient.
+
+    Raises:
+        InvalidTypeError: an argument of the wrong type or dtype.
+        InvalidArgumentError: a wrong shape, device or value, or an unknown backend. Gates are looked at on a CPU only.
+        UnsupportedError: softcap or sinks with backend "sdpa".
+        BackendUnavailableError: "cpu", "triton" and "cuda", which have no attention kernel yet.
+
+    Sources: FlashAttention 2.1 (alignment of causal masks, windows), Gemma 2, arXiv 2408.00118 (softcap), gpt-oss,
+    arXiv 2508.10925 (sinks).
+    """
+    check_inputs(query, key, value)
+    check_head_arguments(query, head_mask, gate, sinks)
+    check_score_arguments(query, key.shape[2], attn_mask, is_causal, scale, softcap, window)
+    check_backend(backend, softcap, sinks)
+    shared = {"gate": gate, "attn_mask": attn_mask, "span": visible_span(is_causal, window), "scale": scale}
+    with _without_autocast(query.device.type):
+        if backend == "reference" or softcap is not None or sinks is not None:
+            return attention_reference(query, key, value, head_mask, softcap=softcap, sinks=sinks, **shared)
+        return attention_sdpa(query, key, value, head_mask, **shared)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """The inputs' dtype is the caller's choice: autocast has already made it where the projections ran."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

@@ -1,0 +1,134 @@
+"""Checks of the arguments of `attention`: each raises an error naming the argument, what was wanted and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from sparse_heads.errors import BackendUnavailableError, UnsupportedError, invalid, invalid_type
+
+BACKENDS = ("auto", "reference", "sdpa")
+NOT_BUILT = ("cpu", "triton", "cuda")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_backend(backend: object, softcap: float | None, sinks: torch.Tensor | None) -> None:
+    """A known backend that covers the arguments."""
+    if not isinstance(backend, str) or backend not in BACKENDS + NOT_BUILT:
+        raise invalid("backend", f"one of {', '.join(map(repr, BACKENDS))}", backend)
+    if backend in NOT_BUILT:
+        raise BackendUnavailableError(
+            f"backend: {backend!r} has no attention kernel yet, wanted one of {', '.join(map(repr, BACKENDS))}"
+        )
+    if backend == "sdpa":
+        for name, argument in (("softcap", softcap), ("sinks", sinks)):
+            if argument is not None:
+                raise UnsupportedError(f"{name}: backend 'sdpa' has none, wanted backend 'reference' or 'auto'")
+
+
+def check_inputs(query: object, key: object, value: object) -> None:
+    """query [B, H, T, D], key [B, H_kv, S, D], value [B, H_kv, S, Dv] of one floating dtype on one device."""
+    wanted = {"query": "[B, H, T, D]", "key": "[B, H_kv, S, D]", "value": "[B, H_kv, S, Dv]"}
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, torch.Tensor):
+            raise invalid_type(name, f"a tensor {wanted[name]}", tensor)
+        if tensor.dtype not in DTYPES:
+            raise invalid_type(name, "float16, bfloat16, float32 or float64", tensor)
+        if tensor.dtype != query.dtype:
+            raise invalid_type(name, f"the dtype of query, {query.dtype}", tensor)
+        if tensor.device != query.device:
+            raise invalid(name, f"the device of query, {query.device}", tensor)
+        if tensor.dim() != 4:
+            raise invalid(name, f"a tensor {wanted[name]}", tensor)
+    batch, heads, _, head_dim = query.shape
+    kv_heads, positions = key.shape[1:3]
+    if head_dim == 0:
+        raise invalid("query", "a head dimension of 1 or more", query)
+    if (key.shape[0], key.shape[3]) != (batch, head_dim):
+        raise invalid("key", f"[{batch}, H_kv, S, {head_dim}] to go with query {list(query.shape)}", key)
+    if heads != kv_heads and (kv_heads == 0 or heads == 0 or heads % kv_heads):
+        raise invalid("key", f"a number of heads that divides the {heads} of query", key)
+    if value.shape[:3] != key.shape[:3]:
+        raise invalid("value", f"[{batch}, {kv_heads}, {positions}, Dv] to go with key {list(key.shape)}", value)
+
+
+def check_head_arguments(query: torch.Tensor, head_mask: object, gate: object, sinks: object) -> None:
+    """head_mask bool [H] or [B, H], gate float [H] or [B, H] without NaN, sinks float [H]; each may be None."""
+    batch, heads = query.shape[:2]
+    shared, per_request = (heads,), (batch, heads)
+    either = f"[H] = [{heads}] or [B, H] = [{batch}, {heads}]"
+    if head_mask is not None:
+        if not isinstance(head_mask, torch.Tensor) or head_mask.dtype != torch.bool:
+            raise invalid_type("head_mask", f"a bool tensor {either}", head_mask)
+        _check_placed("head_mask", head_mask, query)
+        if head_mask.dim() > 2:
+            raise invalid("head_mask", f"{either} (masks per token are not supported)", head_mask)
+        if head_mask.shape not in (shared, per_request):
+            raise invalid("head_mask", either, head_mask)
+    if gate is not None:
+        _check_floating("gate", gate)
+        _check_placed("gate", gate, query)
+        if gate.shape not in (shared, per_request):
+            raise invalid("gate", either, gate)
+        # Elsewhere a look at the values would synchronise, or break the graph that is being compiled.
+        if gate.device.type == "cpu" and not torch.compiler.is_compiling() and not gate.isfinite().all():
+            raise invalid("gate", "finite values", f"{int((~gate.isfinite()).sum())} that are NaN or infinite")
+    if sinks is not None:
+        _check_floating("sinks", sinks)
+        _check_placed("sinks", sinks, query)
+        if sinks.shape != shared:
+            raise invalid("sinks", f"[H] = [{heads}]", sinks)
+
+
+def check_score_arguments(
+    query: torch.Tensor, keys: int, attn_mask: object, is_causal: object, scale: object, softcap: object, window: object
+) -> None:
+    """What changes the scores: attn_mask, is_causal, scale, softcap and window."""
+    if attn_mask is not None:
+        full = (*query.shape[:3], keys)
+        if not isinstance(attn_mask, torch.Tensor):
+            raise invalid_type("attn_mask", "a bool or floating tensor", attn_mask)
+        if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+            raise invalid_type("attn_mask", f"bool, float32 or the dtype of query, {query.dtype}", attn_mask)
+        _check_placed("attn_mask", attn_mask, query)
+        sizes = zip(reversed(attn_mask.shape), reversed(full), strict=False)
+        if attn_mask.dim() > 4 or any(size not in (1, whole) for size, whole in sizes):
+            raise invalid("attn_mask", f"a shape that broadcasts to [B, H, T, S] = {list(full)}", attn_mask)
+    if not isinstance(is_causal, bool):
+        raise invalid_type("is_causal", "True or False", is_causal)
+    if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
+        raise invalid("scale", "a finite number or None", scale)
+    if softcap is not None and not (_is_number(softcap) and math.isfinite(softcap) and softcap > 0):
+        raise invalid("softcap", "a finite number above 0 or None", softcap)
+    _check_window(window)
+
+
+def _check_window(window: object) -> None:
+    wanted = "an int of 1 or more (or -1), (left, right) of ints of 0 or more (or -1), or None"
+    if window is None:
+        return
+    if isinstance(window, tuple):
+        if len(window) != 2 or any(isinstance(size, bool) or not isinstance(size, int) for size in window):
+            raise invalid_type("window", wanted, window)
+        if min(window) < -1:
+            raise invalid("window", wanted, window)
+        return
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise invalid_type("window", wanted, window)
+    if window < 1 and window != -1:
+        raise invalid("window", wanted, window)
+
+
+def _check_floating(name: str, tensor: object) -> None:
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES:
+        raise invalid_type(name, "a float16, bfloat16, float32 or float64 tensor", tensor)
+
+
+def _check_placed(name: str, tensor: torch.Tensor, query: torch.Tensor) -> None:
+    if tensor.device != query.device:
+        raise invalid(name, f"the device of query, {query.device}", tensor)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
