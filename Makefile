@@ -14,7 +14,7 @@ endif
 PIP := .venv/bin/python -m pip install --no-input --disable-pip-version-check
 
 demo: $(SETUP) $(DEMO_SETUP)
-	$(RUN) -m sparse_heads.cli demo
+	$(RUN) -m sparse_heads demo
 
 test: $(SETUP)
 	$(RUN) -m pytest

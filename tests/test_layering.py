@@ -32,7 +32,7 @@ LEVELS = {
     "sparse_heads.integrations": 5,
     "sparse_heads.environment": 5,
     "sparse_heads.demo": 6,
-    "sparse_heads.cli": 6,
+    "sparse_heads.cli": 7,
     "sparse_heads.testing": 6,
 }
 
@@ -89,6 +89,11 @@ def imported(module: str, types: bool = True) -> set[str]:
             if len(submodules) < len(node.names):
                 names.add(base)
     return names & MODULES.keys()
+
+
+def test_every_folder_is_a_package():
+    for path in MODULES.values():
+        assert (path.parent / "__init__.py").is_file(), f"{path.parent} would be left out of the installed package"
 
 
 @pytest.mark.parametrize("module", MODULES)
