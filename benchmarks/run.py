@@ -1,0 +1,107 @@
+"""Correctness gate, then interleaved timing, then JSON, a table and a plot: `python -m benchmarks.run --help`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated
+
+import torch
+import typer
+from tqdm import tqdm
+
+from sparse_heads._files import write_whole
+
+from . import report
+from .candidates import candidates_of
+from .cases import NUM_HEADS, SUITES, Case
+from .environment import import_times, passport
+from .gate import wrong_candidates
+from .statistics import spread
+from .timing import interleave
+
+RESULTS = Path(__file__).parent / "results"
+MICROSECONDS = 1e6
+SCHEMA_VERSION = 1
+
+
+def measure(case: Case, rounds: int, sample_seconds: float, seed: int) -> dict[str, object]:
+    """One entry of the result file: what was wrong, and microseconds per call of whatever was right."""
+    candidates, oracles = candidates_of(case)
+    wrong = wrong_candidates(candidates, oracles)
+    passed = [one for one in candidates if one.name not in wrong]
+    samples = interleave(passed, rounds, sample_seconds, seed)
+    return {
+        "name": case.name,
+        "level": case.level,
+        "label": case.label,
+        "hidden": case.hidden,
+        "batch": case.batch,
+        "tokens": case.tokens,
+        "kept": case.kept,
+        "kept_count": case.kept_count,
+        "heads": NUM_HEADS * len(case.kept),
+        "wrong": wrong,
+        "candidates": {
+            name: {**spread(seconds, MICROSECONDS), "samples": [round(value * MICROSECONDS, 2) for value in seconds]}
+            for name, seconds in samples.items()
+        },
+    }
+
+
+def to_json(result: dict[str, object]) -> str:
+    """JSON with one case a line, so that a diff between two runs can be read."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items() if key != "cases"]
+    cases = ",\n".join(json.dumps(case) for case in result["cases"])
+    return "{\n" + ",\n".join(lines) + ',\n"cases": [\n' + cases + "\n]\n}\n"
+
+
+def run_suite(suite: str, rounds: int, threads: int, quick: bool) -> dict[str, object]:
+    """Measure every case of a suite; `quick` keeps the short shapes and gives numbers for nothing but a smoke test."""
+    torch.set_num_threads(threads)
+    cases = [case for case in SUITES[suite] if not quick or case.batch * case.tokens <= 128]
+    started = perf_counter()
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "suite": suite,
+        "quick": quick,
+        "rounds": rounds,
+        "threads": threads,
+        "unit": "microseconds per call",
+        **passport(),
+    }
+    with torch.no_grad(), tqdm(cases, unit="case") as progress:
+        measured = []
+        for seed, case in enumerate(progress):
+            progress.set_description(case.name)
+            measured.append(measure(case, rounds, 0.001 if quick else 0.004, seed))
+    result["import"] = import_times(3 if quick else 15)
+    return {**result, "seconds": round(perf_counter() - started), "cases": measured}
+
+
+def main(
+    suite: Annotated[str, typer.Option(help="block, model, or cpu for both")] = "cpu",
+    out: Annotated[Path, typer.Option(help="folder of the results")] = RESULTS,
+    name: Annotated[str, typer.Option(help="file name without ending; the suite's name by default")] = "",
+    rounds: Annotated[int, typer.Option(help="rounds; 30 or more for figures")] = 30,
+    threads: Annotated[int, typer.Option(help="torch threads")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="short shapes and 5 rounds: does it run at all?")] = False,
+) -> None:
+    """Time the attached model against its baselines; exits with 1 when a candidate's output was wrong."""
+    if suite not in SUITES:
+        raise typer.BadParameter(f"--suite: wanted one of {sorted(SUITES)}, got {suite!r}")
+    result = run_suite(suite, 5 if quick else rounds, threads, quick)
+    path = out / f"{name or suite}.json"
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole({path: to_json(result).encode()})
+    print(report.write(path))
+    wrong = {case["name"]: case["wrong"] for case in result["cases"] if case["wrong"]}
+    if wrong:
+        print(f"Wrong outputs, not timed: {wrong}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
