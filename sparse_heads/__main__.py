@@ -1,0 +1,5 @@
+"""`python -m sparse_heads`."""
+
+from .cli import main
+
+main()

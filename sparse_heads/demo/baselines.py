@@ -1,0 +1,126 @@
+"""What the attached model is compared with: copies of a plain model that mask heads, or that hold only the kept ones.
+
+A copy shares every parameter that it does not change with the model it was made from.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+from ..heads import HeadSubset
+from ..integrations.transformers.discovery import find_layers
+from ..layers import LayerInfo
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares all parameters and buffers."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def projection_paths(model: nn.Module) -> list[dict[str, str]]:
+    """Paths of the query, key, value and output projections of every attention layer of a plain model."""
+    names = {id(module): name for name, module in model.named_modules()}
+    _, projections = find_layers(model, None, None)
+    return [{role: names[id(module)] for role, module in each.items()} for each in projections]
+
+
+def mask_only(model: nn.Module, subset: HeadSubset) -> nn.Module:
+    """A copy that computes every head, then zeroes the masked ones before the output projection."""
+    copied = sharing_copy(model)
+    for layer, paths, mask in zip(subset.layers, projection_paths(model), subset.mask, strict=True):
+        output = copied.get_submodule(paths["output"])
+        keep = mask[: layer.num_heads].repeat_interleave(layer.v_head_dim).to(output.weight)
+        output.register_forward_pre_hook(MultiplyInput(keep))
+    return copied
+
+
+class MultiplyInput:
+    """Forward pre-hook that multiplies the module's input [..., H*D] by `keep` [H*D]."""
+
+    def __init__(self, keep: Tensor) -> None:
+        self.keep = keep
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor]) -> Tensor:
+        return arguments[0] * self.keep
+
+
+def repack(model: nn.Module, subset: HeadSubset, fused: bool) -> nn.Module:
+    """A copy whose projections hold only the kept heads; `fused`: q, k and v are one product.
+
+    Raises UnsupportedError for layers whose query heads share key/value heads, or that attend to another input.
+    """
+    copied = sharing_copy(model)
+    for layer, paths, mask in zip(subset.layers, projection_paths(model), subset.mask, strict=True):
+        if layer.num_kv_heads != layer.num_heads or layer.kind != "self":
+            raise UnsupportedError(f"repack: wanted multi-head self-attention, got {layer.name}")
+        projections = [copied.get_submodule(paths[role]) for role in ("query", "key", "value")]
+        packed = [kept_rows(projection, layer, mask) for projection in projections]
+        if fused:
+            packed = fuse(packed)
+        for role, module in zip(("query", "key", "value"), packed, strict=True):
+            copied.set_submodule(paths[role], module)
+        output = copied.get_submodule(paths["output"])
+        columns = positions(layer, mask).to(output.weight.device)
+        copied.set_submodule(paths["output"], linear(output.weight.index_select(1, columns), output.bias))
+    return copied
+
+
+def positions(layer: LayerInfo, mask: Tensor) -> Tensor:
+    """Rows of a projection's weight that belong to the heads in `mask` [H], int64 [kept * D]."""
+    heads = mask[: layer.num_heads].nonzero()
+    return (heads * layer.head_dim + torch.arange(layer.head_dim)).flatten()
+
+
+def kept_rows(projection: nn.Linear, layer: LayerInfo, mask: Tensor) -> nn.Linear:
+    rows = positions(layer, mask).to(projection.weight.device)
+    bias = None if projection.bias is None else projection.bias[rows]
+    return linear(projection.weight[rows], bias)
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer around `weight` [out, in] and `bias` [out], which nothing trains."""
+    module = nn.Linear(1, 1, bias=bias is not None)
+    module.out_features, module.in_features = weight.shape
+    module.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return module
+
+
+def fuse(projections: Sequence[nn.Linear]) -> list[nn.Module]:
+    """Stand-ins for q, k and v: the first runs all three as one product and leaves k and v to the others."""
+    biases = [projection.bias for projection in projections]
+    bias = None if biases[0] is None else torch.cat(biases)
+    waiting: list[Tensor] = []
+    product = linear(torch.cat([projection.weight for projection in projections]), bias)
+    return [FusedProjection(product, waiting), WaitingProjection(waiting), WaitingProjection(waiting)]
+
+
+class FusedProjection(nn.Module):
+    """Computes q, k and v from their common input [..., E]; returns q, and leaves k and v in `waiting`."""
+
+    def __init__(self, product: nn.Linear, waiting: list[Tensor]) -> None:
+        super().__init__()
+        self.product, self.waiting = product, waiting
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, *self.waiting[:] = self.product(x).chunk(3, dim=-1)
+        return query
+
+
+class WaitingProjection(nn.Module):
+    """Returns what `FusedProjection` left: k to the module that is called first, v to the other."""
+
+    def __init__(self, waiting: list[Tensor]) -> None:
+        super().__init__()
+        self.waiting = waiting
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.waiting.pop(0)
