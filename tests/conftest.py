@@ -20,6 +20,12 @@ def fixed_conditions() -> None:
 
 
 @pytest.fixture
+def one_thread(fixed_conditions: None) -> None:
+    """For tiny tensors: two threads mostly wait for one another."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill every new tensor with NaN or the largest integer, those of our kernels too, until something is written."""
     torch.use_deterministic_algorithms(True, warn_only=True)

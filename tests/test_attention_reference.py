@@ -10,6 +10,8 @@ import torch
 from sparse_heads.ops.attention import attention
 from sparse_heads.testing import assert_close_to_reference, random_attention_inputs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def naive_attention(
     query, key, value, head_mask=None, gate=None, attn_mask=None, is_causal=False, scale=None, softcap=None,

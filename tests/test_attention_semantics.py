@@ -10,6 +10,8 @@ import torch
 from sparse_heads.ops.attention import attention
 from sparse_heads.testing import random_attention_inputs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHARED = torch.tensor([True, False, False, True, False, False])
 PER_REQUEST = torch.tensor([[False, True, True, False, False, False], [True, False, False, False, True, True]])
 MASKS = {"shared": SHARED, "per request": PER_REQUEST}
@@ -312,6 +314,7 @@ def test_autocast_does_not_change_the_dtype(backend):
 @with_every_mask
 @pytest.mark.parametrize("kv_heads", [6, 3])
 def test_runs_are_bitwise_equal(backend, head_mask, kv_heads):
+    torch.set_num_threads(2)
     drawn = random_attention_inputs(2, 6, kv_heads, 63, 63, 32)
     arguments = {**dict(zip(("query", "key", "value"), drawn, strict=True)), "head_mask": head_mask}
     output, gradients = run_with_gradients(arguments, backend=backend)
@@ -319,3 +322,16 @@ def test_runs_are_bitwise_equal(backend, head_mask, kv_heads):
         again, gradients_again = run_with_gradients(arguments, backend=backend)
         assert torch.equal(output, again)
         assert all(torch.equal(gradients[name], gradients_again[name]) for name in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("queries", [1, 17, 64])
+def test_other_requests_masks_change_no_bit(dtype, queries):
+    torch.set_num_threads(2)
+    drawn = [tensor.detach() for tensor in random_attention_inputs(4, 6, 3, queries, 64, 32, dtype=dtype)]
+    outputs = []
+    for share in (0.0, 0.3, 0.7, 1.0):
+        head_mask = torch.rand(4, 6, generator=torch.Generator().manual_seed(3)) < share
+        head_mask[1] = torch.tensor([True, False, True, True, False, True])
+        outputs.append(attention(*drawn, head_mask, is_causal=True)[1])
+    assert all(torch.equal(outputs[0], output) for output in outputs)

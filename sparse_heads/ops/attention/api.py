@@ -65,9 +65,11 @@ def attention(
         window: w keeps a query's own position and the w - 1 before it; (left, right) keeps that many before and after
             it (FlashAttention); -1 = unlimited, alone or on a side. Positions are aligned as for is_causal.
         sinks: floating [H], one logit a head that takes part in the softmax sum and in nothing else (gpt-oss).
-        backend: "reference" (everything here), "sdpa" (all but softcap and sinks: the kept heads gathered, then
-            PyTorch's SDPA; on a GPU a head_mask synchronises once, for its count), or "auto" (sdpa where it covers the
-            arguments, else reference). Only the reference can be differentiated twice.
+        backend: "reference": everything here, any number of derivatives, but masked heads cost as much as others.
+            "sdpa": all but softcap and sinks; the kept heads gathered, then PyTorch's SDPA. On a GPU a head_mask
+            synchronises with the host once, for its count. Under a mask [B, H] the last bits of a request's output can
+            depend on how many heads other requests keep.
+            "auto": sdpa, but reference for softcap, sinks and a mask [B, H], which sdpa does not compute bit for bit.
 
     Returns:
         [B, H, T, Dv] in the dtype of query, under autocast too. A query with every key hidden (False or -inf) gets
@@ -86,9 +88,11 @@ def attention(
     check_head_arguments(query, head_mask, gate, sinks)
     check_score_arguments(query, key.shape[2], attn_mask, is_causal, scale, softcap, window)
     check_backend(backend, softcap, sinks)
+    per_request = head_mask is not None and head_mask.dim() == 2
+    needs_reference = per_request or softcap is not None or sinks is not None
     shared = {"gate": gate, "attn_mask": attn_mask, "span": visible_span(is_causal, window), "scale": scale}
     with _without_autocast(query.device.type):
-        if backend == "reference" or softcap is not None or sinks is not None:
+        if backend == "reference" or (backend == "auto" and needs_reference):
             return attention_reference(query, key, value, head_mask, softcap=softcap, sinks=sinks, **shared)
         return attention_sdpa(query, key, value, head_mask, **shared)
 

@@ -24,7 +24,8 @@ def attention_sdpa(
     """`attention` on checked arguments, without softcap and sinks; `span` is `visible_span(is_causal, window)`.
 
     A mask [H] leaves [B, kept, T, D]; under a mask [B, H] every kept (request, head) pair becomes a request of one
-    head. The count of either shapes what SDPA gets, so a head mask on a GPU synchronises with the host once.
+    head. The count of either shapes what SDPA gets, so a head mask on a GPU synchronises with the host once, and SDPA's
+    CPU kernel rounds a pair differently beside other pairs.
     """
     batch, heads, queries, _ = query.shape
     if attn_mask is not None:

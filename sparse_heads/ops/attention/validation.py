@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from sparse_heads.errors import BackendUnavailableError, UnsupportedError, invalid, invalid_type
+from sparse_heads.errors import BackendUnavailableError, UnsupportedError, describe, invalid, invalid_type
 
 BACKENDS = ("auto", "reference", "sdpa")
 NOT_BUILT = ("cpu", "triton", "cuda")
@@ -15,16 +15,15 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_backend(backend: object, softcap: float | None, sinks: torch.Tensor | None) -> None:
     """A known backend that covers the arguments."""
-    if not isinstance(backend, str) or backend not in BACKENDS + NOT_BUILT:
-        raise invalid("backend", f"one of {', '.join(map(repr, BACKENDS))}", backend)
+    wanted = f"one of {', '.join(map(repr, BACKENDS))}"
     if backend in NOT_BUILT:
-        raise BackendUnavailableError(
-            f"backend: {backend!r} has no attention kernel yet, wanted one of {', '.join(map(repr, BACKENDS))}"
-        )
-    if backend == "sdpa":
-        for name, argument in (("softcap", softcap), ("sinks", sinks)):
-            if argument is not None:
-                raise UnsupportedError(f"{name}: backend 'sdpa' has none, wanted backend 'reference' or 'auto'")
+        raise BackendUnavailableError(f"backend: wanted {wanted}, got {backend!r}, which has no attention kernel yet")
+    if backend not in BACKENDS:
+        raise invalid("backend", wanted, backend)
+    for name, argument in (("softcap", softcap), ("sinks", sinks)):
+        if backend == "sdpa" and argument is not None:
+            got = describe(argument)
+            raise UnsupportedError(f"{name}: wanted None with backend 'sdpa' ('reference' takes it), got {got}")
 
 
 def check_inputs(query: object, key: object, value: object) -> None:
@@ -97,10 +96,13 @@ def check_score_arguments(
             raise invalid("attn_mask", f"a shape that broadcasts to [B, H, T, S] = {list(full)}", attn_mask)
     if not isinstance(is_causal, bool):
         raise invalid_type("is_causal", "True or False", is_causal)
-    if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
-        raise invalid("scale", "a finite number or None", scale)
-    if softcap is not None and not (_is_number(softcap) and math.isfinite(softcap) and softcap > 0):
-        raise invalid("softcap", "a finite number above 0 or None", softcap)
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
+            raise invalid_type(name, "a number or None", number)
+    if scale is not None and not math.isfinite(scale):
+        raise invalid("scale", "a finite number", scale)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise invalid("softcap", "a finite number above 0", softcap)
     _check_window(window)
 
 
@@ -108,15 +110,10 @@ def _check_window(window: object) -> None:
     wanted = "an int of 1 or more (or -1), (left, right) of ints of 0 or more (or -1), or None"
     if window is None:
         return
-    if isinstance(window, tuple):
-        if len(window) != 2 or any(isinstance(size, bool) or not isinstance(size, int) for size in window):
-            raise invalid_type("window", wanted, window)
-        if min(window) < -1:
-            raise invalid("window", wanted, window)
-        return
-    if isinstance(window, bool) or not isinstance(window, int):
+    sizes = window if isinstance(window, tuple) else (window,)
+    if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
         raise invalid_type("window", wanted, window)
-    if window < 1 and window != -1:
+    if min(sizes, default=-1) < -1 or window == 0 or (isinstance(window, tuple) and len(window) != 2):
         raise invalid("window", wanted, window)
 
 
@@ -128,7 +125,3 @@ def _check_floating(name: str, tensor: object) -> None:
 def _check_placed(name: str, tensor: torch.Tensor, query: torch.Tensor) -> None:
     if tensor.device != query.device:
         raise invalid(name, f"the device of query, {query.device}", tensor)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
