@@ -94,8 +94,11 @@ class InProjection(nn.Linear):
             site.layer.head_dim,
         )
         if row.is_empty:
-            # The model's own reshape cannot infer a head count of 0: one zero head stands in, and is ignored later.
-            outputs = [F.pad(output, (0, site.layer.head_dim)) for output in outputs]
+            # The model's own reshape cannot infer a head count of 0: one zero group stands in, and is ignored later.
+            counts = [site.layer.group_size if each == "query" else 1 for each in roles]
+            outputs = [
+                F.pad(output, (0, count * site.layer.head_dim)) for output, count in zip(outputs, counts, strict=True)
+            ]
         if len(roles) > 1:
             site.waiting.put(input, row, dict(zip(roles[1:], outputs[1:], strict=True)))
         return outputs[0]
@@ -114,7 +117,7 @@ class OutProjection(nn.Linear):
             input = input if call.scale is None else _scaled(input, call.scale[..., site.row, : site.layer.num_heads])
             return F.linear(input, self.weight, self.bias)
         kept, head_dim = row.heads.shape[0], site.layer.v_head_dim
-        if input.shape[-1] != max(kept, 1) * head_dim:
+        if input.shape[-1] != (kept or site.layer.group_size) * head_dim:
             raise UnsupportedError(
                 f"layer {site.layer.name}: its attention gave {input.shape[-1]} values a token for {kept} kept heads "
                 f"of {head_dim}; its forward does not follow the number of heads and needs a family entry of its own"

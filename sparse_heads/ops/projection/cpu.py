@@ -19,6 +19,8 @@ def in_projection(
         x.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in (*weights, *biases))
     ):
         operator = operators.in_projection
+        pairs = zip(weights, biases, strict=True)
+        biases = [weight.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in pairs]
     return operator(x, weights, biases, kept, head_dim)
 
 

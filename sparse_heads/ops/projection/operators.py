@@ -14,10 +14,12 @@ from torch import Tensor
 from .blocks import gather_blocks, scatter_blocks
 
 _IN = "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] kept, int head_dim) -> Tensor[]"
+# Autograd takes lists of tensors only, so here a missing bias is zeros.
+_IN_WITH_BACKWARD = _IN.replace("Tensor?[]", "Tensor[]")
 _OUT = "(Tensor heads, Tensor weight, Tensor? bias, Tensor kept, int head_dim) -> Tensor"
 
 torch.library.define("sparse_heads::in_projection_forward", _IN)
-torch.library.define("sparse_heads::in_projection", _IN)
+torch.library.define("sparse_heads::in_projection", _IN_WITH_BACKWARD)
 torch.library.define("sparse_heads::out_projection_forward", _OUT)
 torch.library.define("sparse_heads::out_projection", _OUT)
 torch.library.define("sparse_heads::items_run", "(bool reset) -> int[]")
@@ -46,9 +48,8 @@ def _(heads: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, head_dim
 
 
 def _in_projection_context(ctx, inputs, output) -> None:
-    x, weights, biases, kept, ctx.head_dim = inputs
+    x, weights, _, kept, ctx.head_dim = inputs
     ctx.count = len(weights)
-    ctx.has_bias = [bias is not None for bias in biases]
     ctx.save_for_backward(x, *weights, *kept)
 
 
@@ -67,7 +68,7 @@ def _in_projection_backward(ctx, grads):
     for i, (grad, weight, heads) in enumerate(zip(grads, weights, kept, strict=True)):
         if need_weights[i]:
             grad_weights[i] = scatter_blocks(grad.t() @ tokens, heads, ctx.head_dim, weight.shape[0], 0)
-        if ctx.has_bias[i] and need_biases[i]:
+        if need_biases[i]:
             grad_biases[i] = scatter_blocks(grad.sum(0), heads, ctx.head_dim, weight.shape[0], 0)
     return grad_x, grad_weights, grad_biases, [None] * ctx.count, None
 
