@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, BertConfig
 
 import sparse_heads as sh
+from sparse_heads.integrations.transformers.handle import Handle
 
 from . import baselines
 from .cases import NUM_HEADS, Case
@@ -19,7 +20,6 @@ from .timing import Candidate
 
 VOCABULARY = 30522
 POSITIONS = 2048
-Kept = Sequence[Sequence[int]]
 
 
 @cache
@@ -42,13 +42,10 @@ def random_model(hidden: int, layers: int) -> nn.Module:
     return model
 
 
-def with_attention(model: nn.Module, variant: baselines.Variant, kept: Kept) -> nn.Module:
-    """A copy of `model` with `variant` applied to every layer; what is not attention shares its parameters."""
+def own_attention(model: nn.Module) -> nn.Module:
+    """A copy with its own attention weights, so that no candidate finds them in the cache because another ran."""
     shared = {id(value): value for name, value in model.named_parameters() if ".attention." not in name}
-    copied = copy.deepcopy(model, shared)
-    for layer, heads in zip(copied.encoder.layer, kept, strict=True):
-        layer.attention = variant(layer.attention, heads)
-    return copied
+    return copy.deepcopy(model, shared)
 
 
 def inputs_of(case: Case) -> dict[str, Tensor]:
@@ -74,12 +71,20 @@ def run_model(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 RUN = {"block": run_block, "model": run_model}
 
 
-def oracle_of(case: Case, model: nn.Module, kept: Kept) -> Oracle:
+def oracle_of(case: Case, model: nn.Module, subset: sh.HeadSubset) -> Oracle:
     """The masked reference of a case, once in float64 and once in float32."""
     run, inputs = RUN[case.level], inputs_of(case)
-    reference = with_attention(model, baselines.MaskedReference, kept)
+    reference = baselines.masked_reference(model, subset)
     wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
     return Oracle(run(copy.deepcopy(reference).double(), wide), run(reference, inputs))
+
+
+def subset_of(kept: Iterable[Sequence[int]], layers: sh.Layers) -> sh.HeadSubset:
+    """The subset that keeps the heads `kept[i]` in layer `i`."""
+    mask = torch.zeros(len(layers), NUM_HEADS, dtype=torch.bool)
+    for row, heads in zip(mask, kept, strict=True):
+        row[list(heads)] = True
+    return sh.HeadSubset(mask, layers)
 
 
 def other_heads(heads: Sequence[int]) -> list[int]:
@@ -90,32 +95,29 @@ def other_heads(heads: Sequence[int]) -> list[int]:
 
 def candidates_of(case: Case) -> tuple[list[Candidate], dict[str, Oracle]]:
     """What is timed in a case, and the oracles by the name that a candidate `expects`."""
-    model, inputs = random_model(case.hidden, len(case.kept)), inputs_of(case)
-    run = RUN[case.level]
-    every = [range(NUM_HEADS)] * len(case.kept)
-    oracles = {"all heads": oracle_of(case, model, every), "kept heads": oracle_of(case, model, case.kept)}
-    found = []
+    model, inputs, run = random_model(case.hidden, len(case.kept)), inputs_of(case), RUN[case.level]
+    attached = own_attention(model)
+    handle = sh.attach(attached)
+    subset = subset_of(case.kept, handle.layers)
+    every = subset_of([range(NUM_HEADS)] * len(case.kept), handle.layers)
+    oracles = {"all heads": oracle_of(case, model, every), "kept heads": oracle_of(case, model, subset)}
+    found = attached_candidates(case, handle, partial(run, attached, inputs))
     for expects, variants in (("all heads", baselines.DENSE), ("kept heads", baselines.MASKED)):
         for name, variant in variants.items():
-            call = partial(run, with_attention(model, variant, case.kept), inputs)
+            call = partial(run, variant(own_attention(model), subset), inputs)
             found.append(Candidate(name, call, expects=expects))
     if case.level == "model":
-        free = with_attention(model, baselines.no_attention, case.kept)
-        found.append(Candidate("ceiling", partial(run, free, inputs)))
-    return found + attached_candidates(case, model, inputs), oracles
+        found.append(Candidate("ceiling", partial(run, baselines.no_attention(model), inputs)))
+    return found, oracles
 
 
-def attached_candidates(case: Case, model: nn.Module, inputs: dict[str, Tensor]) -> list[Candidate]:
+def attached_candidates(case: Case, handle: Handle, call: Callable[[], Tensor]) -> list[Candidate]:
     """The attached model warm, its first call after `set_heads` from other heads, and that `set_heads` itself."""
-    attached = with_attention(model, baselines.dense, case.kept)
-    handle = sh.attach(attached)
-    call = partial(RUN[case.level], attached, inputs)
-    select = partial(handle.set_heads, {layer: list(heads) for layer, heads in enumerate(case.kept)})
-    select_others = partial(handle.set_heads, {layer: other_heads(heads) for layer, heads in enumerate(case.kept)})
+    select = partial(handle.set_heads, subset_of(case.kept, handle.layers))
+    select_others = partial(handle.set_heads, subset_of(map(other_heads, case.kept), handle.layers))
 
     def switch() -> None:
         select_others()
-        call()
         select()
 
     select()

@@ -12,7 +12,7 @@ import torch
 import typer
 
 from benchmarks import baselines, environment, figures, report, run
-from benchmarks.candidates import candidates_of, random_model, with_attention
+from benchmarks.candidates import candidates_of, own_attention, random_model
 from benchmarks.cases import KEPT_HEADS, SUITES, Case, model_case
 from benchmarks.gate import wrong_candidates
 from benchmarks.statistics import Estimate, estimate, geometric_mean, median_replicates
@@ -91,15 +91,14 @@ def test_dense_and_kept_oracles_differ():
 
 def test_copies_share_only_what_is_not_attention():
     model = random_model(48, 1)
-    copied = with_attention(model, baselines.dense, BLOCK.kept)
+    copied = own_attention(model)
     layer, same = model.encoder.layer[0], copied.encoder.layer[0]
     assert layer.intermediate.dense.weight is same.intermediate.dense.weight
     assert layer.attention.self.query.weight is not same.attention.self.query.weight
 
 
 def test_a_wrong_candidate_is_not_timed_and_the_run_fails(monkeypatch, tmp_path, capsys):
-    wrong_heads = lambda attention, kept: baselines.repacked(attention, [head - 1 for head in kept])  # noqa: E731
-    monkeypatch.setitem(baselines.MASKED, "slice", wrong_heads)
+    monkeypatch.setitem(baselines.MASKED, "slice", baselines.dense)
     monkeypatch.setitem(run.SUITES, "block", (BLOCK, replace(BLOCK, kept=(KEPT_HEADS[12],))))
     monkeypatch.setattr(run, "import_times", lambda rounds: {"samples": [0.1] * rounds, "loads": []})
     with pytest.raises(typer.Exit) as exit:
@@ -114,7 +113,7 @@ def test_a_wrong_candidate_is_not_timed_and_the_run_fails(monkeypatch, tmp_path,
 
 
 def test_unknown_suite_is_named():
-    with pytest.raises(typer.BadParameter, match="--suite: wanted one of .*'block'.*got 'gpu'"):
+    with pytest.raises(typer.BadParameter, match=r"--suite: wanted one of .*'block'.*got 'gpu'"):
         run.main(suite="gpu")
 
 
