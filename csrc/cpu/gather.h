@@ -15,10 +15,9 @@ namespace sparse_heads::cpu {
 using torch::stable::Tensor;
 
 // The kept heads' slices of `tensor` along `dim`, side by side. A view when they are neighbours; only they are read.
-inline Tensor gather_heads(const Tensor& tensor, int64_t dim, const std::vector<HeadRun>& runs, int64_t head_dim) {
-  Tensor source = tensor;
+inline Tensor gather_heads(Tensor tensor, int64_t dim, const std::vector<HeadRun>& runs, int64_t head_dim) {
   if (runs.size() == 1) {
-    return torch::stable::narrow(source, dim, runs[0].first_head * head_dim, runs[0].heads * head_dim);
+    return torch::stable::narrow(tensor, dim, runs[0].first_head * head_dim, runs[0].heads * head_dim);
   }
   std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());
   sizes[dim] = runs.empty() ? 0 : (runs.back().position + runs.back().heads) * head_dim;
@@ -26,7 +25,7 @@ inline Tensor gather_heads(const Tensor& tensor, int64_t dim, const std::vector<
   for (const HeadRun& run : runs) {
     const int64_t size = run.heads * head_dim;
     Tensor target = torch::stable::narrow(gathered, dim, run.position * head_dim, size);
-    torch::stable::copy_(target, torch::stable::narrow(source, dim, run.first_head * head_dim, size));
+    torch::stable::copy_(target, torch::stable::narrow(tensor, dim, run.first_head * head_dim, size));
   }
   return gathered;
 }
@@ -35,7 +34,7 @@ inline Tensor gather_heads(const Tensor& tensor, int64_t dim, const std::vector<
 inline Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   std::array<StableIValue, 3> stack{
       torch::stable::detail::from(input), torch::stable::detail::from(weight), torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -5,10 +5,12 @@
 
 namespace sparse_heads::cpu {
 
-// Measured: from here on, tokens as vector lanes beat columns as vector lanes.
+// Measured: above, tokens as vector lanes beat columns as vector lanes.
 constexpr int kMaxDotTokens = 8;
 
-// Tokens in [1, kMaxDotTokens].
+inline bool dots_suit(const Projection& projection) { return projection.tokens <= kMaxDotTokens; }
+
+// For projections that `dots_suit`.
 void project_by_dots(const Projection& projection);
 
 // Any number of tokens.
