@@ -96,6 +96,8 @@ CASES = {
     "left window": {"window": (2, -1)},
     "right window": {"window": (-1, 0)},
     "two-sided causal window": {"window": (1, 1), "is_causal": True},
+    "window that hides one key from the last query": {"window": (KEYS - 2, -1)},
+    "window that hides one key from the first query": {"window": (-1, QUERIES - 2)},
     "own position only": {"window": (0, 0)},
     "sinks": {"sinks": SINKS},
     "everything": {

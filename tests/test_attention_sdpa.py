@@ -212,6 +212,17 @@ def test_masks_are_built_only_where_they_hide_something(seen_by_torch):
     assert masks == [(True, False), (False, True), (False, False), (False, False), (False, False)]
 
 
+@pytest.mark.parametrize("masked", ["bool", "added"])
+def test_torch_gets_no_row_without_a_key(seen_by_torch, masked):
+    """What comes of such a row differs between torch's kernels."""
+    allowed = torch.tensor([True, False, True])[:, None].expand(3, 5)
+    added = torch.zeros(3, 5).masked_fill(~allowed, -torch.inf)
+    attention(*random_attention_inputs(1, 2, 2, 3, 5, 4), attn_mask=allowed if masked == "bool" else added, window=2)
+    ((_, _, options),) = seen_by_torch
+    mask = options["attn_mask"]
+    assert (mask if masked == "bool" else mask > -torch.inf).any(-1).all()
+
+
 AUTO = {
     "sdpa": [{}, {"is_causal": True, "window": 2}, {"head_mask": torch.ones(2).bool(), "gate": torch.ones(1, 2)}],
     "reference": [{"softcap": 2.0}, {"sinks": torch.zeros(2)}, {"head_mask": torch.ones(1, 2).bool()}],

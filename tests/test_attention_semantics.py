@@ -312,10 +312,10 @@ def test_autocast_does_not_change_the_dtype(backend):
 
 @on_every_backend
 @with_every_mask
-@pytest.mark.parametrize("kv_heads", [6, 3])
+@pytest.mark.parametrize("kv_heads", [6, 1])
 def test_runs_are_bitwise_equal(backend, head_mask, kv_heads):
     torch.set_num_threads(2)
-    drawn = random_attention_inputs(2, 6, kv_heads, 63, 63, 32)
+    drawn = random_attention_inputs(2, 6, kv_heads, 130, 130, 128)
     arguments = {**dict(zip(("query", "key", "value"), drawn, strict=True)), "head_mask": head_mask}
     output, gradients = run_with_gradients(arguments, backend=backend)
     for _ in range(3):
