@@ -37,11 +37,12 @@ def cpu_description() -> tuple[str, list[str]]:
 
 
 def machine() -> dict[str, object]:
-    """Processor, cores, vector flags and operating system."""
+    """Processor, cores that this process may use, vector flags and operating system."""
     model, flags = cpu_description()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     capability = torch.backends.cpu.get_cpu_capability()
-    return {"cpu": model, "cores": cores, "torch_capability": capability, "flags": flags, "system": platform.platform()}
+    system = f"{platform.system()} {platform.machine()}"
+    return {"cpu": model, "cores": cores, "torch_capability": capability, "flags": flags, "system": system}
 
 
 def versions() -> dict[str, str]:
@@ -66,6 +67,7 @@ def passport() -> dict[str, object]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "commit": git("rev-parse", "HEAD") or "unknown",
         "dirty": bool(changed),
         "cpu_extension": _native.why_unavailable() or "available",

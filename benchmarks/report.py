@@ -48,6 +48,8 @@ def passport_text(result: Result) -> str:
         f"commit {result['commit'][:12]}{' with changes' if result['dirty'] else ''}, {result['date']}",
         f"float32, sdpa, {result['threads']} threads, {result['rounds']} rounds, {result['seconds']} s in all",
     ]
+    if result["load"] and result["load"] > 1:
+        lines.append(f"**The machine was busy when it started (load {result['load']}).**")
     if result["quick"]:
         lines.append("**A quick run: these numbers only show that it runs.**")
     return "\n".join(f"- {line}" for line in lines)

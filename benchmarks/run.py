@@ -84,7 +84,7 @@ def run_suite(suite: str, rounds: int, threads: int, quick: bool) -> dict[str, o
 def main(
     suite: Annotated[str, typer.Option(help="block, model, or cpu for both")] = "cpu",
     out: Annotated[Path, typer.Option(help="folder of the results")] = RESULTS,
-    name: Annotated[str, typer.Option(help="file name without ending; the suite's name by default")] = "",
+    name: Annotated[str, typer.Option(help="file name without ending; by default the suite")] = "",
     rounds: Annotated[int, typer.Option(help="rounds; 30 or more for figures")] = 30,
     threads: Annotated[int, typer.Option(help="torch threads")] = 2,
     quick: Annotated[bool, typer.Option("--quick", help="short shapes and 5 rounds: does it run at all?")] = False,
@@ -93,7 +93,7 @@ def main(
     if suite not in SUITES:
         raise typer.BadParameter(f"--suite: wanted one of {sorted(SUITES)}, got {suite!r}")
     result = run_suite(suite, 5 if quick else rounds, threads, quick)
-    path = out / f"{name or suite}.json"
+    path = out / f"{name or (f'{suite}-quick' if quick else suite)}.json"
     out.mkdir(parents=True, exist_ok=True)
     write_whole({path: to_json(result).encode()})
     print(report.write(path))

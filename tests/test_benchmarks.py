@@ -31,7 +31,13 @@ def tiny_result(ours: float, repacked: float) -> dict:
     cases = [{**shape, "name": f"case{count}", "kept_count": count, "candidates": candidates} for count in (3, 12)]
     machine = {"cpu": "a processor", "cores": 2, "torch_capability": "AVX512", "flags": [], "system": "an OS"}
     about = {"suite": "block", "quick": False, "rounds": 6, "threads": 2, "seconds": 1, "date": "today", "dirty": False}
-    about |= {"commit": "0" * 40, "versions": {"torch": "2.13"}, "cpu_extension": "available", "machine": machine}
+    about |= {
+        "commit": "0" * 40,
+        "versions": {"torch": "2.13"},
+        "cpu_extension": "available",
+        "load": 0.1,
+        "machine": machine,
+    }
     return {**about, "import": {"samples": [0.1] * 6, "loads": []}, "cases": cases}
 
 
