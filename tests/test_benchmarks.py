@@ -111,11 +111,11 @@ def test_a_wrong_candidate_is_not_timed_and_the_run_fails(monkeypatch, tmp_path,
         run.main(suite="block", out=tmp_path, name="", rounds=30, threads=torch.get_num_threads(), quick=True)
     assert exit.value.exit_code == 1
     assert "slice" in capsys.readouterr().err
-    result = json.loads((tmp_path / "block.json").read_text())
+    result = json.loads((tmp_path / "block-quick.json").read_text())
     assert list(result["cases"][0]["wrong"]) == ["slice"]
     assert "slice" not in result["cases"][0]["candidates"]
     assert len(result["cases"][0]["candidates"]["ours"]["samples"]) == 5
-    assert "Wrong outputs" in (tmp_path / "block.md").read_text()
+    assert "Wrong outputs" in (tmp_path / "block-quick.md").read_text()
 
 
 def test_unknown_suite_is_named():
