@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sparse_heads import _native
+
 
 @dataclass
 class ItemsRun:
@@ -20,8 +22,9 @@ class ItemsRun:
 @contextmanager
 def items_run() -> Iterator[ItemsRun]:
     """Count what the kernels run inside the block, on this thread; the numbers are there once it is left."""
-    import sparse_heads.ops.projection.api  # noqa: F401  (defines the operator)
+    import sparse_heads.ops.projection.api  # noqa: F401  (defines the operator that the extension implements)
 
+    _native.load()
     items = ItemsRun()
     torch.ops.sparse_heads.items_run(True)
     yield items
