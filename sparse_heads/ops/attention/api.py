@@ -34,7 +34,7 @@ def attention(
 ) -> torch.Tensor:
     """Scaled dot-product attention in which a head that is masked off is not computed.
 
-    Equivalent to, for what it covers (the masked heads' inputs, here multiplied by zero, are never looked at)::
+    Equivalent to the following, each line where its argument is given, and masked heads left out, not multiplied by 0::
 
         key, value = (t.repeat_interleave(H // H_kv, dim=1) for t in (key, value))
         scores = query @ key.transpose(-2, -1) * (D**-0.5 if scale is None else scale)
@@ -69,7 +69,8 @@ def attention(
             "sdpa": all but softcap and sinks; the kept heads gathered, then PyTorch's SDPA. On a GPU a head_mask
             synchronises with the host once, for its count. Under a mask [B, H] the last bits of a request's output can
             depend on how many heads other requests keep.
-            "auto": sdpa, but reference for softcap, sinks and a mask [B, H], which sdpa does not compute bit for bit.
+            "auto": sdpa, but reference for softcap, for sinks, and for a mask [B, H], where no bit of a request's
+            output may depend on other requests.
 
     Returns:
         [B, H, T, Dv] in the dtype of query, under autocast too. A query with every key hidden (False or -inf) gets
@@ -90,11 +91,11 @@ def attention(
     check_backend(backend, softcap, sinks)
     per_request = head_mask is not None and head_mask.dim() == 2
     needs_reference = per_request or softcap is not None or sinks is not None
-    shared = {"gate": gate, "attn_mask": attn_mask, "span": visible_span(is_causal, window), "scale": scale}
+    options = {"gate": gate, "attn_mask": attn_mask, "span": visible_span(is_causal, window), "scale": scale}
     with _without_autocast(query.device.type):
         if backend == "reference" or (backend == "auto" and needs_reference):
-            return attention_reference(query, key, value, head_mask, softcap=softcap, sinks=sinks, **shared)
-        return attention_sdpa(query, key, value, head_mask, **shared)
+            return attention_reference(query, key, value, head_mask, softcap=softcap, sinks=sinks, **options)
+        return attention_sdpa(query, key, value, head_mask, **options)
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
