@@ -1,4 +1,4 @@
-// The register tile of the panel way: up to 13 weight rows times 16 or 32 tokens, summed over all columns.
+// The register tile of the panel way: up to 13 weight rows times 32 tokens, or 16 times 16, summed over all columns.
 #pragma once
 
 #include "cpu/avx512.h"
@@ -14,9 +14,14 @@
 namespace sparse_heads::cpu {
 
 struct PanelTraits {
-  static constexpr int kRows = 13;
-  static constexpr int kVectors = 2;
-  static constexpr int64_t kTokens = kVectors * kLanes;
+  static constexpr int kMaxVectors = 2;
+  static constexpr int64_t kMaxTokens = kMaxVectors * kLanes;
+  // The higher tile fills the registers; the square one is stored in whole vectors, and wastes less on few tokens.
+  static constexpr int rows(int vectors) { return vectors == 1 ? 16 : 13; }
+  // Below, storing weighs more than summing, and the square tile wins at any number of tokens.
+  static constexpr int64_t kMinColumnsOfHighTile = 128;
+  // From here on, half a panel of 32 left empty is too little to matter.
+  static constexpr int64_t kManyTokens = 256;
   // Packed inputs of one block stay in a 1 MB L2 beside the weight rows that pass through.
   static constexpr int64_t kBlockTokens = 128;
   static constexpr int64_t kBlockColumns = 768;
@@ -25,8 +30,9 @@ struct PanelTraits {
   // A thread is woken only for this many multiplications.
   static constexpr int64_t kProductsPerThread = 128 * 1024;
 };
-static_assert(PanelTraits::kRows * PanelTraits::kVectors + PanelTraits::kVectors + 1 <= 32, "a tile fits the registers");
-static_assert(PanelTraits::kBlockTokens % PanelTraits::kTokens == 0, "a block is whole panels");
+static_assert(PanelTraits::rows(2) * 2 + 2 + 1 <= 32 && PanelTraits::rows(1) + 1 + 1 <= 32, "tiles fit the registers");
+static_assert(PanelTraits::rows(1) <= kLanes && PanelTraits::rows(2) <= kLanes, "a token's results fit one vector");
+static_assert(PanelTraits::kBlockTokens % PanelTraits::kMaxTokens == 0, "a block is whole panels");
 static_assert(PanelTraits::kBlockTokens * PanelTraits::kBlockColumns * 4 <= 512 * 1024, "a block fits half of L2");
 
 struct PanelTile {
@@ -161,9 +167,9 @@ PanelFunction panel_function(int64_t rows, std::integer_sequence<int, Index...>)
   return functions[rows - 1];
 }
 
-inline PanelFunction panel_function(int64_t rows, int64_t vectors) {
-  constexpr auto counts = std::make_integer_sequence<int, PanelTraits::kRows>();
-  return vectors == 1 ? panel_function<1>(rows, counts) : panel_function<2>(rows, counts);
+template <int Vectors>
+PanelFunction panel_function(int64_t rows) {
+  return panel_function<Vectors>(rows, std::make_integer_sequence<int, PanelTraits::rows(Vectors)>());
 }
 
 }  // namespace sparse_heads::cpu

@@ -26,10 +26,10 @@ struct RowTile {
 int64_t ceil_divide(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
 // Each run is split into tiles of nearly equal height: a short last tile would leave the FMA units half idle.
-std::vector<RowTile> split_rows(const std::vector<RowRun>& runs) {
+std::vector<RowTile> split_rows(const std::vector<RowRun>& runs, int64_t most) {
   std::vector<RowTile> tiles;
   for (const RowRun& run : runs) {
-    const int64_t count = ceil_divide(run.rows, PanelTraits::kRows);
+    const int64_t count = ceil_divide(run.rows, most);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t first = run.rows * i / count;
       tiles.push_back({&run, first, run.rows * (i + 1) / count - first});
@@ -62,12 +62,12 @@ std::vector<std::vector<ColumnRun>> split_columns(const Projection& projection) 
 
 // Whole panels per block, as many blocks as threads when there are tokens enough, else few: packing is repeated
 // by each thread that works on a block.
-int64_t block_tokens(int64_t tokens) {
-  const int64_t panels = ceil_divide(tokens, PanelTraits::kTokens);
+int64_t block_tokens(int64_t tokens, int64_t panel_tokens) {
+  const int64_t panels = ceil_divide(tokens, panel_tokens);
   const int64_t threads = torch::stable::get_num_threads();
   int64_t blocks = ceil_divide(tokens, PanelTraits::kBlockTokens);
   blocks = std::min(panels, ceil_divide(blocks, threads) * threads);
-  return ceil_divide(panels, blocks) * PanelTraits::kTokens;
+  return ceil_divide(panels, blocks) * panel_tokens;
 }
 
 // Memory for packed inputs, kept by each thread between calls: it is small and wanted at every call.
@@ -85,7 +85,8 @@ float* scratch(int64_t size) {
   return memory.get();
 }
 
-// One block of tokens, packed: panels of 32 tokens, the last of 16 when that is enough.
+// One block of tokens, packed as panels of 32 tokens or 16.
+template <int Vectors>
 class PackedBlock {
  public:
   PackedBlock(const Projection& projection, const std::vector<ColumnRun>& column_runs, int64_t columns)
@@ -94,20 +95,19 @@ class PackedBlock {
   void pack(int64_t first_token, int64_t tokens) {
     first_token_ = first_token;
     tokens_ = tokens;
-    packed_ = scratch(ceil_divide(tokens, kLanes) * kLanes * std::max<int64_t>(1, columns_));
-    for (int64_t token = 0; token < tokens; token += PanelTraits::kTokens) {
+    packed_ = scratch(ceil_divide(tokens, kTokens) * kTokens * std::max<int64_t>(1, columns_));
+    for (int64_t token = 0; token < tokens; token += kTokens) {
       const float* input = projection_.input + (first_token + token) * projection_.input_stride;
-      const auto pack = vectors(token) == 1 ? &pack_panel<1> : &pack_panel<2>;
-      pack(input, projection_.input_stride, tokens - token, column_runs_, packed_ + token * columns_);
+      pack_panel<Vectors>(input, projection_.input_stride, tokens - token, column_runs_, packed_ + token * columns_);
     }
   }
 
   void multiply(const RowTile& tile, const RowTile& next, bool accumulate) const {
-    for (int64_t token = 0; token < tokens_; token += PanelTraits::kTokens) {
+    const PanelFunction multiply_tile = panel_function<Vectors>(tile.rows);
+    for (int64_t token = 0; token < tokens_; token += kTokens) {
       // Only the last pass over a tile looks ahead: the passes before it find their own rows in the cache.
-      const bool last = token + PanelTraits::kTokens >= tokens_;
-      const RowTile& upcoming = last ? next : tile;
-      panel_function(tile.rows, vectors(token))(
+      const RowTile& upcoming = token + kTokens >= tokens_ ? next : tile;
+      multiply_tile(
           column_runs_,
           {packed_ + token * columns_, tile.run, tile.first_row, upcoming.weights(), upcoming.run->weight_stride,
            upcoming.rows, first_token_ + token, tokens_ - token, accumulate});
@@ -115,7 +115,7 @@ class PackedBlock {
   }
 
  private:
-  int64_t vectors(int64_t token) const { return tokens_ - token <= kLanes ? 1 : PanelTraits::kVectors; }
+  static constexpr int64_t kTokens = Vectors * kLanes;
 
   const Projection& projection_;
   const std::vector<ColumnRun>& column_runs_;
@@ -125,22 +125,21 @@ class PackedBlock {
   int64_t tokens_ = 0;
 };
 
-}  // namespace
-
-void project_by_panels(const Projection& projection) {
-  const std::vector<RowTile> tiles = split_rows(projection.row_runs);
+template <int Vectors>
+void project_by_panels_of(const Projection& projection) {
+  const std::vector<RowTile> tiles = split_rows(projection.row_runs, PanelTraits::rows(Vectors));
   const int64_t tile_count = static_cast<int64_t>(tiles.size());
-  const int64_t tokens_per_block = block_tokens(projection.tokens);
+  const int64_t tokens_per_block = block_tokens(projection.tokens, Vectors * kLanes);
   const int64_t blocks = ceil_divide(projection.tokens, tokens_per_block);
   bool accumulate = false;
   for (const std::vector<ColumnRun>& column_runs : split_columns(projection)) {
     int64_t columns = 0;
     for (const ColumnRun& run : column_runs) columns += run.columns;
-    const int64_t products = std::max<int64_t>(1, tokens_per_block * PanelTraits::kRows * columns);
+    const int64_t products = std::max<int64_t>(1, tokens_per_block * PanelTraits::rows(Vectors) * columns);
     const int64_t grain = std::max<int64_t>(1, PanelTraits::kProductsPerThread / products);
     // Items are (block, tile), tiles fastest: every thread gets the same share, and packs only the blocks it meets.
     torch::stable::parallel_for(0, blocks * tile_count, grain, [&](int64_t begin, int64_t end) {
-      PackedBlock block(projection, column_runs, columns);
+      PackedBlock<Vectors> block(projection, column_runs, columns);
       for (int64_t item = begin; item < end; ++item) {
         const int64_t first_token = item / tile_count * tokens_per_block;
         if (item == begin || item % tile_count == 0) {
@@ -150,6 +149,18 @@ void project_by_panels(const Projection& projection) {
       }
     });
     accumulate = true;
+  }
+}
+
+}  // namespace
+
+void project_by_panels(const Projection& projection) {
+  const bool half_empty = ceil_divide(projection.tokens, kLanes) % 2 == 1;
+  if (projection.columns() < PanelTraits::kMinColumnsOfHighTile ||
+      (half_empty && projection.tokens < PanelTraits::kManyTokens)) {
+    project_by_panels_of<1>(projection);
+  } else {
+    project_by_panels_of<2>(projection);
   }
 }
 
