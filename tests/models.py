@@ -150,3 +150,9 @@ def oracle_gradients(oracle: nn.Module, layers: tuple, mask: Tensor) -> dict[str
         grad = output_projection(oracle, layer.name).weight.grad
         grad.unflatten(1, (layer.num_heads, -1))[:, ~row[: layer.num_heads]] = 0
     return gradients(oracle)
+
+
+def enable_checkpointing(model: nn.Module, reentrant: bool = False) -> None:
+    # the newer name of the same in transformers 5.23
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})

@@ -18,7 +18,8 @@ def named_mask(name, handle):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    "mask_name, attention", [(name, "sdpa") for name in MASKS] + [("scattered", "eager"), ("first layer empty", "eager")]
+    "mask_name, attention",
+    [(name, "sdpa") for name in MASKS] + [("scattered", "eager"), ("first layer empty", "eager")],
 )
 def test_outputs_and_gradients_are_the_masked_copys(name, mask_name, attention):
     plain = build(name, attention, torch.float64)
@@ -39,7 +40,9 @@ def test_outputs_and_gradients_are_the_masked_copys(name, mask_name, attention):
         if grad is None:
             assert grads[path] is None, path
         else:
-            torch.testing.assert_close(grads[path], grad, rtol=1e-10, atol=1e-10, msg=lambda text, p=path: f"{p}: {text}")
+            torch.testing.assert_close(
+                grads[path], grad, rtol=1e-10, atol=1e-10, msg=lambda text, p=path: f"{p}: {text}"
+            )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -104,7 +107,9 @@ def test_layers_describe_bert():
 
 def test_layers_describe_cross_attention():
     layers = sh.attach(build("bert_cross")).layers
-    assert [(layer.index, layer.kind) for layer in layers] == [(i, kind) for i in range(3) for kind in ("self", "cross")]
+    assert [(layer.index, layer.kind) for layer in layers] == [
+        (i, kind) for i in range(3) for kind in ("self", "cross")
+    ]
 
 
 def test_layers_describe_grouped_queries():
@@ -113,7 +118,9 @@ def test_layers_describe_grouped_queries():
     assert described == {("decoder", "self", 4, 2, 10)}
 
 
-@pytest.mark.parametrize("source, target", [("bert", "bert_classifier"), ("bert_masked_lm", "bert"), ("llama", "llama_lm")])
+@pytest.mark.parametrize(
+    "source, target", [("bert", "bert_classifier"), ("bert_masked_lm", "bert"), ("llama", "llama_lm")]
+)
 def test_subset_of_one_head_of_a_model_loads_on_another(source, target, tmp_path):
     saved = sh.attach(build(source))
     mask = named_mask("scattered", saved)

@@ -47,7 +47,7 @@ def michel_projected(
         outputs = _outputs(handle.model(**batch))
         mask = batch.get("attention_mask")
         visible = None
-        if mask is not None and mask.dim() == 2 and outputs.shape[:2] == mask.shape:
+        if mask is not None and outputs.dim() == 3 and outputs.shape[:2] == mask.shape:
             visible = mask.to(outputs.device, outputs.dtype).unsqueeze(-1)
         total = torch.zeros_like(gates)
         for index in range(projections):
@@ -77,7 +77,7 @@ def _mean_over_examples(
     total = torch.zeros(len(layers), layers.max_heads, dtype=torch.float64)
     examples = 0
     for batch in batches:
-        rows = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
+        rows = max(value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim() > 1)
         gates = torch.ones(rows, *total.shape, device=parameter.device, requires_grad=True)
         with torch.enable_grad(), handle.use_heads(None, scale=gates):
             gradient = gradients(batch, gates)

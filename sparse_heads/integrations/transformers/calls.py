@@ -62,12 +62,23 @@ def new_call(handle: Handle) -> Call:
 
 def current_call(handle: Handle) -> Call:
     """The record of the forward that runs; a layer called directly gets one of its own."""
+    return _open_call(handle) or new_call(handle)
+
+
+def open_calls(handle: Handle) -> Call:
+    """All records that are open in this thread, with one for `handle` among them."""
     call = _calls.get()
-    while call is not None:
-        if call.handle is handle:
-            return call
+    if _open_call(handle) is None:
+        call = new_call(handle)
+        call.outer = _calls.get()
+    return call
+
+
+def _open_call(handle: Handle) -> Call | None:
+    call = _calls.get()
+    while call is not None and call.handle is not handle:
         call = call.outer
-    return new_call(handle)
+    return call
 
 
 def enter_call(call: Call) -> None:
@@ -82,7 +93,7 @@ def leave_call(handle: Handle) -> None:
 
 
 def run_in_call(call: Call, function: Any, *args: Any, **kwargs: Any) -> Any:
-    """`function(*args, **kwargs)` under `call`, whatever record the thread has open."""
+    """`function(*args, **kwargs)` under `call` and those around it, whatever records the thread has open."""
     saved = _calls.get()
     _calls.set(call)
     try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .calls import current_call, run_in_call
+from .calls import open_calls, run_in_call
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -24,7 +24,7 @@ class CarryCall:
         self.function = function
 
     def __call__(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        return self.function(partial(run_in_call, current_call(self.handle), forward), *args, **kwargs)
+        return self.function(partial(run_in_call, open_calls(self.handle), forward), *args, **kwargs)
 
 
 def carry_calls(handle: Handle, modules: list[nn.Module]) -> None:

@@ -93,8 +93,9 @@ def _describe(
     )
     if not consistent:
         raise UnsupportedError(
-            f"model: {name} has projections of {query.out_features}, {key.out_features}, {value.out_features} and "
-            f"{output.in_features} features, wanted {expected} heads of {head_dim}; its layout needs a family of its own"
+            f"model: {name} has projections of {query.out_features}, {key.out_features}, {value.out_features} "
+            f"and {output.in_features} features, wanted {expected} heads of {head_dim}; its layout needs a family of "
+            "its own"
         )
     return LayerInfo(name, stack, index, kind, num_heads, num_kv_heads, head_dim, head_dim)
 
@@ -108,7 +109,9 @@ def _check_projection(name: str, role: str, projection: nn.Module | None) -> Non
             "(quantised, adapted and parametrised projections are not supported yet)"
         )
     forward = projection.__dict__.get("forward")
-    if forward is not None and "_old_forward" not in projection.__dict__:
+    # accelerate keeps the class's own forward in "_old_forward", and leaves it on the instance when it is removed.
+    own = getattr(forward, "__func__", None) is nn.Linear.forward
+    if forward is not None and not own and "_old_forward" not in projection.__dict__:
         raise UnsupportedError(
             f"model: the {role} projection of {name} has a forward of its own on the instance, {describe(forward)}; "
             "it would be bypassed"

@@ -41,7 +41,7 @@ class Handle:
         self.selection: Selection | None = None
         self.sites = [Site(self, row, layers[row], each) for row, each in enumerate(projections)]
         self._checkpointed = checkpointing.checkpointed_modules(model)
-        self._takes_use_cache = "use_cache" in inspect.signature(model.forward).parameters
+        self._parameters = list(inspect.signature(model.forward).parameters)
         self._attached = True
         for site in self.sites:
             for role, module in site.projections.items():
@@ -202,23 +202,24 @@ def _open_call(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
             SparseHeadsWarning,
             stacklevel=2,
         )
-    if module.training:
+    if torch.is_grad_enabled():
         checkpointing.carry_calls(handle, handle._checkpointed)
     if call.selection is None:
         return None
-    _refuse(module, kwargs)
-    if handle._takes_use_cache and kwargs.get("use_cache") is None:
+    given = {**dict(zip(handle._parameters, args, strict=False)), **kwargs}
+    _refuse(module, given)
+    if "use_cache" in handle._parameters[len(args) :] and kwargs.get("use_cache") is None:
         return args, {**kwargs, "use_cache": False}
     return None
 
 
-def _refuse(module: nn.Module, kwargs: dict) -> None:
+def _refuse(module: nn.Module, given: dict) -> None:
     """What heads that are off cannot honour yet."""
-    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+    if given.get("past_key_values") is not None or given.get("use_cache"):
         raise UnsupportedError(
             "past_key_values: caches under switched-off heads are not built yet; pass use_cache=False"
         )
-    wanted = kwargs.get("output_attentions")
+    wanted = given.get("output_attentions")
     if wanted or (wanted is None and getattr(getattr(module, "config", None), "output_attentions", False)):
         raise UnsupportedError(
             "output_attentions: heads that are off have no attention probabilities; use all heads, or pass False"

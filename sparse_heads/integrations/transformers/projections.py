@@ -7,6 +7,7 @@ import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,15 +30,15 @@ class Waiting(threading.local):
     def __init__(self) -> None:
         self.input: weakref.ref[Tensor] | None = None
         self.row: LayerSelection | None = None
-        self.version = 0
+        self.state: tuple[int, bool] | None = None
         self.outputs: dict[str, Tensor] = {}
 
     def put(self, x: Tensor, row: LayerSelection, outputs: dict[str, Tensor]) -> None:
         self.input = weakref.ref(x, lambda _: outputs.clear())
-        self.row, self.version, self.outputs = row, _version(x), outputs
+        self.row, self.state, self.outputs = row, _state(x), outputs
 
     def take(self, x: Tensor, row: LayerSelection, role: str) -> Tensor | None:
-        if self.input is None or self.input() is not x or self.row is not row or self.version != _version(x):
+        if self.input is None or self.input() is not x or self.row is not row or self.state != _state(x):
             return None
         return self.outputs.pop(role, None)
 
@@ -48,8 +49,13 @@ class Waiting(threading.local):
         return Waiting, ()
 
 
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version
+def _state(x: Tensor) -> tuple[int, bool]:
+    return (-1 if x.is_inference() else x._version), torch.is_grad_enabled()
+
+
+def _changes_when_called(module: nn.Linear) -> bool:
+    """Whether offloading, or a hook as of `torch.nn.utils.prune`, may bring the weight in only at the call."""
+    return "_hf_hook" in module.__dict__ or bool(module._forward_pre_hooks)
 
 
 @dataclass(eq=False)
@@ -66,8 +72,7 @@ class Site:
         """The projections that one pass over `x` computes when `role` is called."""
         self_attention = ["query", "key", "value"] if self.layer.kind == "self" else ["query"]
         roles = {"query": self_attention, "key": ["key", "value"]}.get(role, [role])
-        # Offloading brings each module's weights in as it is called: then nothing can be computed ahead.
-        return [each for each in roles if each == role or "_hf_hook" not in self.projections[each].__dict__]
+        return [each for each in roles if each == role or not _changes_when_called(self.projections[each])]
 
 
 class InProjection(nn.Linear):

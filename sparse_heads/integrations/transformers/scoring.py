@@ -91,6 +91,8 @@ def _checked(batches: Any, method: str) -> Iterator[Mapping[str, Any]]:
     if not batches:
         raise invalid("batches", "at least one batch (a generator can be read only once)", "none")
     for batch in batches:
-        if not isinstance(batch, Mapping) or not any(isinstance(value, Tensor) for value in batch.values()):
+        if not isinstance(batch, Mapping):
             raise invalid_type("batches", "dicts of tensors, as the model's forward takes them", batch)
+        if not any(isinstance(value, Tensor) and value.dim() > 1 for value in batch.values()):
+            raise invalid("batches", "dicts with tensors [B, T] or larger", f"{sorted(batch)}")
     return tqdm(batches, desc=method, leave=False, disable=None)
