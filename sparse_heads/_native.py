@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import torch
 
-from sparse_heads._build import BuildError, build_key, build_library, find_compiler, source_digest
-from sparse_heads.errors import BackendUnavailableError
+from ._build import BuildError, build_key, build_library, find_compiler, source_digest
+from .errors import BackendUnavailableError
 
 PACKAGE_DIRECTORY = Path(__file__).parent
 # An installed package carries csrc inside, a checkout beside.

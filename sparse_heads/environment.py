@@ -7,9 +7,9 @@ import platform
 
 import torch
 
-from sparse_heads import _native
-from sparse_heads._build import BuildError, compiler_version, find_compiler
-from sparse_heads._version import __version__
+from . import _native
+from ._build import BuildError, compiler_version, find_compiler
+from ._version import __version__
 
 PACKAGES = ("torch", "transformers", "triton", "safetensors", "huggingface_hub", "accelerate")
 

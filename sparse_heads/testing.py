@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparse_heads import _native
+from . import _native
 
 
 @dataclass

@@ -6,10 +6,10 @@ import contextlib
 
 import torch
 
-from sparse_heads.ops.attention.common import visible_span
-from sparse_heads.ops.attention.reference import attention_reference
-from sparse_heads.ops.attention.sdpa import attention_sdpa
-from sparse_heads.ops.attention.validation import (
+from .common import visible_span
+from .reference import attention_reference
+from .sdpa import attention_sdpa
+from .validation import (
     check_backend,
     check_head_arguments,
     check_inputs,

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from sparse_heads.ops.attention.common import span_mask
+from .common import span_mask
 
 
 def attention_reference(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparse_heads.ops.attention.common import span_mask
+from .common import span_mask
 
 
 def attention_sdpa(

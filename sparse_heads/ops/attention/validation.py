@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from sparse_heads.errors import BackendUnavailableError, UnsupportedError, describe, invalid, invalid_type
+from ...errors import BackendUnavailableError, UnsupportedError, describe, invalid, invalid_type
 
 BACKENDS = ("auto", "reference", "sdpa")
 NOT_BUILT = ("cpu", "triton", "cuda")
