@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, invalid
 
 
 def entropy(handle: Any, batches: Iterable[Mapping[str, Any]]) -> Tensor:
@@ -30,11 +30,12 @@ def entropy(handle: Any, batches: Iterable[Mapping[str, Any]]) -> Tensor:
                 attentions = model(**batch, output_attentions=True).attentions
             attentions = [attentions[layer.index] for layer in layers]
             visible = _visible_keys(handle, batch, attentions[0])
-            weight = (visible > 1).double()
+            counted = visible > 1
             for row, probabilities in enumerate(attentions):
                 heads = _normalised_entropy(probabilities, visible)
-                total[row, : heads.shape[1]] += (heads * weight[:, None]).sum((0, 2)).cpu()
-            count += float(weight.sum())
+                # A query at padding may have attended to nothing, which gives NaN.
+                total[row, : heads.shape[1]] += heads.masked_fill(~counted[:, None], 0.0).sum((0, 2)).cpu()
+            count += float(counted.sum())
     finally:
         model.set_attn_implementation(before)
     if count == 0:
@@ -47,6 +48,8 @@ def _visible_keys(handle: Any, batch: Mapping[str, Any], probabilities: Tensor) 
     rows, _, queries, keys = probabilities.shape
     mask = batch.get("attention_mask")
     mask = torch.ones(rows, keys) if mask is None else mask
+    if mask.shape != (rows, keys):
+        raise invalid("batches", f"attention_mask [{rows}, {keys}] for 'entropy'", mask)
     mask = mask.to(probabilities.device, torch.float64)
     causal = getattr(handle.model.get_submodule(handle.layers[0].name), "is_causal", False)
     visible = mask.cumsum(-1) if causal else mask.sum(-1, keepdim=True).expand(rows, queries)

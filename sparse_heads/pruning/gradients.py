@@ -18,7 +18,7 @@ def michel(handle: Any, batches: Iterable[Mapping[str, Any]], loss: Callable | N
     """
 
     def gradients(batch: Mapping[str, Any], gates: Tensor) -> Tensor:
-        value = handle.model(**batch).loss if loss is None else loss(handle.model, batch)
+        value = getattr(handle.model(**batch), "loss", None) if loss is None else loss(handle.model, batch)
         if value is None:
             raise invalid("batches", "labels, so that the model gives a loss, or loss=", f"keys {sorted(batch)}")
         if not isinstance(value, Tensor) or value.dim() != 0:
@@ -74,11 +74,12 @@ def _mean_over_examples(
     """`gradients(batch, gates [B, L, H])` gives `[B, L, H]`; its mean over all examples, L2-normalised per layer."""
     layers = handle.layers
     parameter = next(handle.model.parameters())
+    dtype = torch.promote_types(torch.float32, parameter.dtype)
     total = torch.zeros(len(layers), layers.max_heads, dtype=torch.float64)
     examples = 0
     for batch in batches:
         rows = max(value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim() > 1)
-        gates = torch.ones(rows, *total.shape, device=parameter.device, requires_grad=True)
+        gates = torch.ones(rows, *total.shape, device=parameter.device, dtype=dtype, requires_grad=True)
         with torch.enable_grad(), handle.use_heads(None, scale=gates):
             gradient = gradients(batch, gates)
         total += gradient.detach().double().sum(0).cpu()

@@ -33,5 +33,6 @@ REFUSED = {
     "mt5": "its position bias is added per head",
     "umt5": "its position bias is added per head",
     "gpt_oss": "its attention sinks are per head",
+    "diffllama": "it subtracts the attention of one half of the heads from the other's",
     "olmo2": "it normalises queries and keys over all heads together",
 }
