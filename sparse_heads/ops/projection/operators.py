@@ -91,7 +91,7 @@ def _out_projection_backward(ctx, grad):
         grad_heads = grad_heads.reshape(heads.shape)
     if need_weight:
         inputs = gather_blocks(heads, kept, ctx.head_dim, -1) if wide else heads
-        columns = tokens.t() @ inputs.reshape(tokens.shape[0], -1)
+        columns = tokens.t() @ inputs.reshape(tokens.shape[0], inputs.shape[-1])
         grad_weight = scatter_blocks(columns, kept, ctx.head_dim, weight.shape[1], 1)
     return grad_heads, grad_weight, tokens.sum(0) if need_bias else None, None, None
 

@@ -38,10 +38,11 @@ def in_projection_per_request(
     """As `in_projection` with one row of each bool `mask [B, H]` a request: `[B, T, H*D]`, zeros where masked."""
     outputs = []
     for weight, bias, mask in zip(weights, biases, masks, strict=True):
-        rows = [x.new_zeros((0, x.shape[1], weight.shape[0]))]
-        for request, heads in zip(x.split(1), mask, strict=True):
+        # No request's rows come first: an empty batch has a shape, a dtype and gradients too.
+        rows = [F.linear(x[:0], weight, bias)]
+        for request, heads in enumerate(mask):
             kept = heads.nonzero()[:, 0]
-            (compact,) = in_projection(request, [weight], [bias], [kept], head_dim)
+            (compact,) = in_projection(x[request : request + 1], [weight], [bias], [kept], head_dim)
             rows.append(scatter_blocks(compact, kept, head_dim, weight.shape[0], -1))
         outputs.append(torch.cat(rows))
     return outputs
@@ -51,7 +52,7 @@ def out_projection_per_request(
     heads: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, head_dim: int
 ) -> Tensor:
     """As `out_projection` with one row of the bool `mask [B, H]` a request; `heads [B, T, H*D]`."""
-    rows = [heads.new_zeros((0, heads.shape[1], weight.shape[0]))]
-    for request, kept in zip(heads.split(1), mask, strict=True):
-        rows.append(out_projection(request, weight, bias, kept.nonzero()[:, 0], head_dim))
+    rows = [F.linear(heads[:0], weight, bias)]
+    for request, kept in enumerate(mask):
+        rows.append(out_projection(heads[request : request + 1], weight, bias, kept.nonzero()[:, 0], head_dim))
     return torch.cat(rows)
