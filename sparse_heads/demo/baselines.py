@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..heads import HeadSubset
 from ..integrations.transformers.discovery import find_layers
-from ..layers import LayerInfo
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
@@ -54,32 +53,33 @@ class MultiplyInput:
 def repack(model: nn.Module, subset: HeadSubset, fused: bool) -> nn.Module:
     """A copy whose projections hold only the kept heads; `fused`: q, k and v are one product.
 
-    Raises UnsupportedError for layers whose query heads share key/value heads, or that attend to another input.
+    Raises UnsupportedError for a subset that splits a KV group, and for layers that attend to another input.
     """
     copied = sharing_copy(model)
     for layer, paths, mask in zip(subset.layers, projection_paths(model), subset.mask, strict=True):
-        if layer.num_kv_heads != layer.num_heads or layer.kind != "self":
-            raise UnsupportedError(f"repack: wanted multi-head self-attention, got {layer.name}")
-        projections = [copied.get_submodule(paths[role]) for role in ("query", "key", "value")]
-        packed = [kept_rows(projection, layer, mask) for projection in projections]
-        if fused:
-            packed = fuse(packed)
-        for role, module in zip(("query", "key", "value"), packed, strict=True):
+        heads = mask[: layer.num_heads]
+        groups = heads.unflatten(0, (layer.num_kv_heads, layer.group_size))
+        if layer.kind != "self" or not torch.equal(groups.any(-1), groups.all(-1)):
+            raise UnsupportedError(f"repack: wanted whole KV groups of a self-attention layer, got {layer.name}")
+        kept = {"query": heads, "key": groups.any(-1), "value": groups.any(-1)}
+        packed = [kept_rows(copied.get_submodule(paths[role]), kept[role]) for role in kept]
+        for role, module in zip(kept, fuse(packed) if fused else packed, strict=True):
             copied.set_submodule(paths[role], module)
         output = copied.get_submodule(paths["output"])
-        columns = positions(layer, mask).to(output.weight.device)
+        columns = positions(heads, output.in_features).to(output.weight.device)
         copied.set_submodule(paths["output"], linear(output.weight.index_select(1, columns), output.bias))
     return copied
 
 
-def positions(layer: LayerInfo, mask: Tensor) -> Tensor:
-    """Rows of a projection's weight that belong to the heads in `mask` [H], int64 [kept * D]."""
-    heads = mask[: layer.num_heads].nonzero()
-    return (heads * layer.head_dim + torch.arange(layer.head_dim)).flatten()
+def positions(mask: Tensor, features: int) -> Tensor:
+    """Which of `features` belong to the heads in `mask` [H], int64 [kept * D]."""
+    head_dim = features // len(mask)
+    return (mask.nonzero() * head_dim + torch.arange(head_dim)).flatten()
 
 
-def kept_rows(projection: nn.Linear, layer: LayerInfo, mask: Tensor) -> nn.Linear:
-    rows = positions(layer, mask).to(projection.weight.device)
+def kept_rows(projection: nn.Linear, mask: Tensor) -> nn.Linear:
+    """The rows of a projection [H*D, E] that belong to the heads in `mask` [H]."""
+    rows = positions(mask, projection.out_features).to(projection.weight.device)
     bias = None if projection.bias is None else projection.bias[rows]
     return linear(projection.weight[rows], bias)
 
@@ -100,18 +100,19 @@ def fuse(projections: Sequence[nn.Linear]) -> list[nn.Module]:
     bias = None if biases[0] is None else torch.cat(biases)
     waiting: list[Tensor] = []
     product = linear(torch.cat([projection.weight for projection in projections]), bias)
-    return [FusedProjection(product, waiting), WaitingProjection(waiting), WaitingProjection(waiting)]
+    sizes = [projection.out_features for projection in projections]
+    return [FusedProjection(product, sizes, waiting), WaitingProjection(waiting), WaitingProjection(waiting)]
 
 
 class FusedProjection(nn.Module):
-    """Computes q, k and v from their common input [..., E]; returns q, and leaves k and v in `waiting`."""
+    """Computes q, k and v, `sizes` wide, from their common input [..., E]; returns q, leaves k and v in `waiting`."""
 
-    def __init__(self, product: nn.Linear, waiting: list[Tensor]) -> None:
+    def __init__(self, product: nn.Linear, sizes: list[int], waiting: list[Tensor]) -> None:
         super().__init__()
-        self.product, self.waiting = product, waiting
+        self.product, self.sizes, self.waiting = product, sizes, waiting
 
     def forward(self, x: Tensor) -> Tensor:
-        query, *self.waiting[:] = self.product(x).chunk(3, dim=-1)
+        query, *self.waiting[:] = self.product(x).split(self.sizes, dim=-1)
         return query
 
 

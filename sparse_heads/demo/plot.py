@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from statistics import mean
 from typing import Any
 
@@ -42,7 +43,7 @@ def results_picture(results: dict[str, Any]) -> bytes:
         finish(axes, results)
     cosine.legend(frameon=False, fontsize=9, loc="lower right")
     speed.legend(frameon=False, fontsize=9, loc="lower left")
-    figure.supxlabel(results["caption"], fontsize=9, color="#444444")
+    figure.supxlabel(textwrap.fill(results["caption"], 150), fontsize=9, color="#444444")
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()
@@ -73,7 +74,7 @@ def finish(axes: Axes, results: dict[str, Any]) -> None:
     """Ticks at the measured numbers of heads, and a light grid; every axis starts at nothing."""
     axes.set_xticks(results["kept"])
     axes.set_xlabel(f"heads kept of {results['heads']}")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
     axes.grid(color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -40,7 +40,7 @@ def results_table(results: dict[str, Any]) -> Table:
     )
     add_rows(
         table,
-        "attention blocks alone, ms",
+        f"attention, ms/{results['timed_sentences']} sentences",
         [(label, attention_cells(results, label)) for label in timed_labels(results)],
     )
     return table

@@ -65,7 +65,7 @@ def measure(
     handle = attach(encoder.model)
     held_out = sentences.held_out[: sizes.held_out]
     calibration = sentences.calibration[: sizes.calibration]
-    total = handle.layers.num_heads
+    total, counts = handle.layers.num_heads, kept_counts(handle.layers)
     console.print(f"scoring {total} heads on {len(calibration)} sentences")
     scores = score_all(encoder, calibration, sizes.random_draws, seed)
     console.print(f"embedding {len(held_out)} held-out sentences with fewer heads")
@@ -76,23 +76,23 @@ def measure(
     timings, note = measure_speed(plain, handle, best, batches, sizes, seed)
     timed = timings[0].sentences
     device = encoder.model.device
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU threads: {torch.get_num_threads()}"
     results = {
         "caption": (
-            f"Scored on {len(calibration)} sentences, judged on {len(held_out)} held-out ones. "
-            f"Speed: float32, {place}, {timed} of them in batches of {BATCH_SIZE} by length, medians of {timings[0].rounds} "
-            f"interleaved rounds; {note}."
+            f"Heads scored on {len(calibration)} sentences; quality of {len(held_out)} held-out ones. "
+            f"Speed: {timed} of these in batches of {BATCH_SIZE} by length, float32, {place}, "
+            f"medians of {timings[0].rounds} interleaved rounds; {note}."
         ),
         "seed": seed,
         "heads": total,
-        "kept": kept_counts(total),
+        "kept": counts,
         "methods": list(scores),
         "quality": quality,
         "timings": [asdict(timing) for timing in timings],
         "timed_sentences": timed,
         "ceiling_sentences_per_second": ceiling(timings, timed),
     }
-    return results, handle, best.top(kept_counts(total)[len(kept_counts(total)) // 2])
+    return results, handle, best.top(counts[len(counts) // 2], groups=True)
 
 
 def writable_folder(out: Path) -> Path:

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import UnsupportedError
-from ..heads import HeadScores, HeadSubset
+from ..heads import HeadScores, HeadSubset, Layers
 from ..integrations.transformers.scoring import score_heads
 from .baselines import mask_only, projection_paths, repack
 from .encoder import Batch, Encoder
@@ -36,13 +36,15 @@ class Sizes:
     timing_seconds: float
 
 
-FULL = Sizes(calibration=256, held_out=1000, random_draws=4, timed_batches=4, timing_seconds=60)
+FULL = Sizes(calibration=256, held_out=640, random_draws=4, timed_batches=4, timing_seconds=60)
 QUICK = Sizes(calibration=64, held_out=256, random_draws=2, timed_batches=2, timing_seconds=10)
 
 
-def kept_counts(total: int) -> list[int]:
-    """Numbers of heads to keep: all, then five, four, three, two and one sixth."""
-    return sorted({max(1, round(total * part / PARTS)) for part in range(1, PARTS + 1)}, reverse=True)
+def kept_counts(layers: Layers) -> list[int]:
+    """Numbers of heads to keep: all, then five, four, three, two and one sixth, in whole KV groups."""
+    group = max(layer.group_size for layer in layers)
+    groups = layers.num_heads / group
+    return sorted({group * max(1, round(groups * part / PARTS)) for part in range(1, PARTS + 1)}, reverse=True)
 
 
 def score_all(encoder: Encoder, sentences: Sequence[str], draws: int, seed: int) -> dict[str, list[HeadScores]]:
@@ -63,18 +65,13 @@ def measure_quality(
     """Cosine and recall@10 of every method and number of heads against the dense embeddings; one row per draw."""
     batches, order = encoder.batches(sentences)
     dense = encoder.embed(batches, order)
-    total = handle.layers.num_heads
-    cases = [
-        (method, kept, draw)
-        for method, drawn in scores.items()
-        for kept in kept_counts(total)
-        for draw in range(len(drawn))
-    ]
+    counts = kept_counts(handle.layers)
+    cases = [(method, kept, draw) for method, drawn in scores.items() for kept in counts for draw in range(len(drawn))]
     rows = []
     for method, kept, draw in bar(cases, "embedding"):
         embeddings = dense
-        if kept < total:
-            with handle.use_heads(scores[method][draw].top(kept)):
+        if kept < handle.layers.num_heads:
+            with handle.use_heads(scores[method][draw].top(kept, groups=True)):
                 embeddings = encoder.embed(batches, order)
         cosine, recall = mean_cosine(embeddings, dense), neighbour_recall(embeddings, dense)
         rows.append({"method": method, "kept": kept, "draw": draw, "cosine": cosine, "recall": recall})
@@ -101,8 +98,8 @@ def measure_speed(
     ours = watch(handle.model)
     contenders = [Contender(DENSE, handle.layers.num_heads, watch(plain))]
     note = "repacked: q, k, v fused where faster"
-    for kept in bar(kept_counts(handle.layers.num_heads), "repacking"):
-        subset = scores.top(kept)
+    for kept in bar(kept_counts(handle.layers), "repacking"):
+        subset = scores.top(kept, groups=True)
         contenders.append(Contender(SPARSE, kept, ours, partial(handle.use_heads, subset)))
         contenders.append(Contender(MASK_ONLY, kept, watch(mask_only(plain, subset))))
         try:
