@@ -201,26 +201,34 @@ def test_what_is_no_model():
 
 
 class Attention(nn.Module):
-    """Attention of no known family, of the kind that follows its number of heads."""
+    """Attention that follows its number of heads, and whose output projection is where no known family has it."""
 
     def __init__(self):
         super().__init__()
-        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(24, 24) for _ in range(4))
-        self.width = 6
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(24, 24) for _ in range(4))
+        self.head_dim = 6
 
     def forward(self, x):
-        q, k, v = (f(x).view(*x.shape[:2], -1, self.width).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
-        heads = nn.functional.scaled_dot_product_attention(q, k, v)
-        return self.to_out(heads.transpose(1, 2).flatten(2))
+        rows, length = x.shape[:2]
+        query, key, value = (
+            projection(x).view(rows, length, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        heads = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.out_proj(heads.transpose(1, 2).flatten(2))
 
 
 def test_an_unknown_family_and_the_advice_it_gets():
+    with pytest.raises(
+        UnknownFamilyError, match=r"no attention layer in Sequential.*append a Family\(query, key, value"
+    ):
+        sh.attach(nn.Sequential(nn.Linear(3, 3)))
     model = nn.Sequential(Attention(), Attention())
     with pytest.raises(
-        UnknownFamilyError, match=r"no attention layer in Sequential.*append a Family\(query, key, value, output"
+        UnknownFamilyError, match=r"output projection of 0 at 0.o_proj, got none.*append a Family\(.*exclude="
     ):
         sh.attach(model)
-    families.FAMILIES.append(families.Family("to_q", "to_k", "to_v", "to_out", "width"))
+    families.FAMILIES.append(families.Family("q_proj", "k_proj", "v_proj", "out_proj", "head_dim"))
     try:
         handle = sh.attach(model)
     finally:
@@ -231,19 +239,16 @@ def test_an_unknown_family_and_the_advice_it_gets():
     result = model(x)
     handle.detach()
     with torch.no_grad():
-        model[0].to_out.weight[:, :6] = 0
-        model[0].to_out.weight[:, 18:] = 0
-        model[1].to_out.weight[:, :18] = 0
+        model[0].out_proj.weight[:, :6] = 0
+        model[0].out_proj.weight[:, 18:] = 0
+        model[1].out_proj.weight[:, :18] = 0
     torch.testing.assert_close(result, model(x))
 
 
-@pytest.mark.parametrize("name", ["T5Config", "GptOssConfig", "Olmo2Config"])
-def test_families_that_depend_on_their_number_of_heads(name):
-    class Model(nn.Module):
-        config = getattr(transformers, name)()
-
-    with pytest.raises(UnsupportedError, match=f"model: {Model.config.model_type} cannot run with heads off yet: it"):
-        sh.attach(Model())
+def test_layers_of_an_unknown_family_may_be_left_out():
+    model = nn.Sequential(Attention(), build("bert"))
+    handle = sh.attach(model, exclude="0")
+    assert [layer.name for layer in handle.layers] == [f"1.encoder.layer.{i}.attention.self" for i in range(3)]
 
 
 @pytest.mark.parametrize("role", ["query", "key", "value"])

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .selection import Selection
@@ -100,3 +101,9 @@ def run_in_call(call: Call, function: Any, *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
     finally:
         _calls.set(saved)
+
+
+@torch.compiler.disable(reason="sparse_heads looks up which heads run at every call")
+def outside_graph(function: Any, *args: Any) -> Any:
+    """`function(*args)` in eager mode, as a break of the graph that `torch.compile` traces."""
+    return function(*args)

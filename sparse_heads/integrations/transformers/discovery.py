@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from fnmatch import fnmatchcase
 
@@ -12,6 +13,11 @@ from ...layers import LayerInfo, Layers
 from .families import FAMILIES, REFUSED, Family
 from .projections import InProjection, OutProjection
 
+_ADVICE = (
+    "If its attention reshapes with view(..., -1, head_dim), describe it: append a Family(query, key, value, output, "
+    "head_dim) of attribute names to sparse_heads.integrations.transformers.families.FAMILIES"
+)
+_HEAD_COUNTS = {"num_heads", "num_attention_heads", "num_key_value_heads", "n_heads", "all_head_size"}
 Found = tuple[LayerInfo, dict[str, nn.Linear]]
 
 
@@ -29,20 +35,28 @@ def find_layers(model: nn.Module, include: object, exclude: object) -> tuple[Lay
     indices: Counter[tuple[str, str]] = Counter()
     found: list[Found] = []
     for name, module in modules.items():
-        family = next((each for each in FAMILIES if _fits(module, each)), None)
-        if family is None:
+        fitting = [each for each in FAMILIES if _fits(module, each)]
+        if not fitting:
             continue
-        projections = {
-            "query": getattr(module, family.query),
-            "key": getattr(module, family.key),
-            "value": getattr(module, family.value),
-            "output": modules.get(_path(name, family.output)),
-        }
         stack, kind = _stack(name, module), _kind(name, module)
         index = indices[stack, kind]
         indices[stack, kind] += 1
         if (include is None or _matches(name, include)) and not _matches(name, exclude or []):
+            family = next((each for each in fitting if _path(name, each.output) in modules), None)
+            if family is None:
+                outputs = " or ".join(_path(name, each.output) for each in fitting)
+                raise UnknownFamilyError(
+                    f"model: wanted the output projection of {name} at {outputs}, got none there. {_ADVICE}, or leave "
+                    "the layer out by exclude="
+                )
+            projections = {
+                "query": getattr(module, family.query),
+                "key": getattr(module, family.key),
+                "value": getattr(module, family.value),
+                "output": modules[_path(name, family.output)],
+            }
             head_dim = getattr(module, family.head_dim)
+            _check_follows_its_heads(name, module, projections, head_dim)
             found.append((_describe(name, stack, index, kind, head_dim, projections, config), projections))
     if not found:
         raise UnknownFamilyError(_unknown(model_type, bool(indices)))
@@ -100,7 +114,7 @@ def _describe(
     return LayerInfo(name, stack, index, kind, num_heads, num_kv_heads, head_dim, head_dim)
 
 
-def _check_projection(name: str, role: str, projection: nn.Module | None) -> None:
+def _check_projection(name: str, role: str, projection: nn.Module) -> None:
     if isinstance(projection, (InProjection, OutProjection)):
         raise invalid("model", "a model that is not attached, whole or in part", f"{name}, attached already")
     if type(projection) is not nn.Linear:
@@ -116,6 +130,24 @@ def _check_projection(name: str, role: str, projection: nn.Module | None) -> Non
             f"model: the {role} projection of {name} has a forward of its own on the instance, {describe(forward)}; "
             "it would be bypassed"
         )
+
+
+def _check_follows_its_heads(name: str, module: nn.Module, projections: dict[str, nn.Linear], head_dim: int) -> None:
+    """Refuse a module whose forward, given fewer heads, would fail or mix them up."""
+    fixed = _HEAD_COUNTS.intersection(inspect.unwrap(type(module).forward).__code__.co_names)
+    if fixed:
+        raise UnsupportedError(
+            f"model: {name} cannot run with heads off yet: the forward of {type(module).__name__} reads "
+            f"{', '.join(sorted(fixed))}, wanted one that reshapes with view(..., -1, head_dim)"
+        )
+    known = {id(parameter) for projection in projections.values() for parameter in projection.parameters()}
+    for path, parameter in module.named_parameters():
+        # Norms over one head, and embeddings of positions as wide as a head, serve every head alike.
+        if id(parameter) not in known and parameter.shape[-1:] != (head_dim,):
+            raise UnsupportedError(
+                f"model: {name} cannot run with heads off yet: its {path} {list(parameter.shape)} may belong to single "
+                f"heads, wanted none beside the projections but of width {head_dim}"
+            )
 
 
 def _patterns(argument: str, value: object) -> list[str] | None:
@@ -135,8 +167,4 @@ def _unknown(model_type: str, filtered: bool) -> str:
     if filtered:
         return "include, exclude: wanted patterns that leave at least one layer, got none left"
     known = "; ".join(f"{each.query}, {each.key}, {each.value}, {each.output}, {each.head_dim}" for each in FAMILIES)
-    return (
-        f"model: found no attention layer in {model_type} whose projections fit a known family ({known}). If its "
-        "attention reshapes with view(..., -1, head_dim), describe it: append a Family(query, key, value, output, "
-        "head_dim) of attribute names to sparse_heads.integrations.transformers.families.FAMILIES"
-    )
+    return f"model: found no attention layer in {model_type} whose projections fit a known family ({known}). {_ADVICE}"

@@ -17,7 +17,7 @@ from ...errors import DetachedError, SparseHeadsWarning, UnsupportedError, inval
 from ...heads import HeadSubset
 from ...layers import Layers
 from . import checkpointing
-from .calls import enter_call, enter_override, leave_call, leave_override, new_call
+from .calls import enter_call, enter_override, leave_call, leave_override, new_call, outside_graph
 from .projections import InProjection, OutProjection, Site
 from .selection import Selection, select
 
@@ -193,6 +193,8 @@ def _remove_hook(hooks: dict, function: Any, also: dict) -> None:
 
 
 def _open_call(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    if torch.compiler.is_compiling():
+        return outside_graph(_open_call, module, args, kwargs)
     handle: Handle = module.__dict__[_ATTRIBUTE + "_handle"]
     call = new_call(handle)
     enter_call(call)
@@ -227,4 +229,6 @@ def _refuse(module: nn.Module, given: dict) -> None:
 
 
 def _close_call(module: nn.Module, args: tuple, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return outside_graph(_close_call, module, args, output)
     leave_call(module.__dict__[_ATTRIBUTE + "_handle"])

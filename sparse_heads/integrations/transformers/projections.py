@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...errors import UnsupportedError, invalid
 from ...layers import LayerInfo
 from ...ops.projection.api import choose
-from .calls import current_call
+from .calls import current_call, outside_graph
 from .selection import LayerSelection
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ class InProjection(nn.Linear):
     _sparse_heads: tuple[Site, str]
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return outside_graph(InProjection.forward, self, input)
         site, role = self._sparse_heads
         selection = current_call(site.handle).selection
         row = None if selection is None else selection.rows[site.row]
@@ -115,6 +117,8 @@ class OutProjection(nn.Linear):
     _sparse_heads: tuple[Site, str]
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return outside_graph(OutProjection.forward, self, input)
         site, _ = self._sparse_heads
         call = current_call(site.handle)
         row = None if call.selection is None else call.selection.rows[site.row]
