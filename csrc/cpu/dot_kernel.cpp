@@ -58,7 +58,7 @@ SPARSE_HEADS_AVX512 void dot_group(const Projection& projection, const RowGroup&
       for (int i = 0; i < kRows; ++i) {
         const int64_t column = columns.weight_column + c;
         const __m512 weight = _mm512_maskz_loadu_ps(mask, weights[i] + column);
-        _mm_prefetch(upcoming[i] + column, _MM_HINT_T0);
+        _mm_prefetch(upcoming[i] + column, _MM_HINT_T1);
 #pragma GCC unroll 16
         for (int t = 0; t < Tokens; ++t) {
           sums[t * kRows + i] = _mm512_fmadd_ps(weight, inputs[t], sums[t * kRows + i]);

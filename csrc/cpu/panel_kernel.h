@@ -20,6 +20,8 @@ struct PanelTraits {
   static constexpr int rows(int vectors) { return vectors == 1 ? 16 : 13; }
   // Below, storing weighs more than summing, and the square tile wins at any number of tokens.
   static constexpr int64_t kMinColumnsOfHighTile = 128;
+  // 2048 bytes: 16 rows share two sets of an eight-way L1 whose ways are one page.
+  static constexpr int64_t kConflictingStride = 512;
   // From here on, half a panel of 32 left empty is too little to matter.
   static constexpr int64_t kManyTokens = 256;
   // Packed inputs of one block stay in a 1 MB L2 beside the weight rows that pass through.
@@ -56,6 +58,9 @@ SPARSE_HEADS_AVX512 void multiply_panel(const std::vector<ColumnRun>& column_run
 
   __m512 sums[Rows][Vectors];
   alignas(64) float earlier[Rows][Vectors][kLanes];  // finished running sums
+  // Rows a power of two apart push each other out of L1 before a line is used up: those are copied line by line.
+  const bool conflicting = stride % PanelTraits::kConflictingStride == 0;
+  alignas(64) float block[Rows][kLanes];
   bool has_earlier = false;
   int64_t summed = 0;
 #pragma GCC unroll 16
@@ -86,15 +91,24 @@ SPARSE_HEADS_AVX512 void multiply_panel(const std::vector<ColumnRun>& column_run
         const int64_t next = i < tile.upcoming_rows ? i : tile.upcoming_rows - 1;
         _mm_prefetch(upcoming + line + next * tile.upcoming_stride, _MM_HINT_T1);
       }
-      const int64_t end = line + kLanes < columns.columns ? line + kLanes : columns.columns;
-      for (int64_t c = line; c < end; ++c) {
+      const int64_t width = columns.columns - line < kLanes ? columns.columns - line : kLanes;
+      const __mmask16 mask = first_lanes(width);
+      const float* source = row + line;
+      int64_t source_stride = stride;
+      if (conflicting) {
+#pragma GCC unroll 16
+        for (int i = 0; i < Rows; ++i) _mm512_store_ps(block[i], _mm512_maskz_loadu_ps(mask, source + i * stride));
+        source = block[0];
+        source_stride = kLanes;
+      }
+      for (int64_t c = 0; c < width; ++c) {
         __m512 inputs[Vectors];
 #pragma GCC unroll 2
         for (int v = 0; v < Vectors; ++v) inputs[v] = _mm512_load_ps(packed + v * kLanes);
         packed += Vectors * kLanes;
 #pragma GCC unroll 16
         for (int i = 0; i < Rows; ++i) {
-          const __m512 weight = _mm512_set1_ps(row[i * stride + c]);
+          const __m512 weight = _mm512_set1_ps(source[i * source_stride + c]);
 #pragma GCC unroll 2
           for (int v = 0; v < Vectors; ++v) sums[i][v] = _mm512_fmadd_ps(weight, inputs[v], sums[i][v]);
         }
