@@ -114,7 +114,8 @@ def out_projection(
     """
     check_tokens("heads", heads, 4, "[B, kept or H, T, D]")
     batch, given, _, head_dim = heads.shape
-    check_head_dim(head_dim)
+    if head_dim == 0:
+        raise invalid("heads", "[B, kept or H, T, D] with D of at least 1", heads)
     check_weight(weight, heads, head_dim, heads_dim=1, width=None)
     check_bias(bias, weight)
     num_heads = weight.shape[1] // head_dim
@@ -155,7 +156,8 @@ def choose(backend: str, x: Tensor, per_request: bool = False) -> ModuleType:
     """The implementation for tensors like `x`: `reference` or `cpu`; raises where a named backend cannot run."""
     if backend == "reference":
         return reference
-    on_cpu, autocast = x.device.type == "cpu", torch.is_autocast_enabled(x.device.type)
+    on_cpu = x.device.type == "cpu"
+    autocast = on_cpu and torch.is_autocast_enabled("cpu")
     if backend == "auto":
         if not on_cpu or per_request or autocast:
             return reference

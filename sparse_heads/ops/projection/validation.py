@@ -26,7 +26,7 @@ def check_head_dim(head_dim: int) -> None:
 
 def check_weight(weight: Tensor, x: Tensor, head_dim: int, heads_dim: int, width: int | None) -> None:
     """`weight` has heads of `head_dim` side by side along `heads_dim`, and `width` (None: any) along the other."""
-    sizes = [str(width or "E")] * 2
+    sizes = ["E" if width is None else str(width)] * 2
     sizes[heads_dim] = "heads*head_dim"
     wanted = f"[{', '.join(sizes)}] with head_dim {head_dim}, {x.dtype}, on {x.device}"
     if not isinstance(weight, Tensor):
@@ -36,7 +36,7 @@ def check_weight(weight: Tensor, x: Tensor, head_dim: int, heads_dim: int, width
     if weight.dim() != 2 or weight.device != x.device:
         raise invalid("weight", wanted, weight)
     heads_size, other_size = weight.shape[heads_dim], weight.shape[1 - heads_dim]
-    if heads_size == 0 or heads_size % head_dim or other_size != (width or other_size):
+    if heads_size == 0 or heads_size % head_dim or width not in (None, other_size):
         raise invalid("weight", wanted, weight)
 
 
