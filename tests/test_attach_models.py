@@ -35,7 +35,7 @@ ENCODERS = [
 ]
 DECODERS = ["cohere", "gemma", "gemma2", "glm", "granite", "mistral", "olmo", "qwen2", "qwen3", "smollm3"]
 DECODERS += ["starcoder2"]
-VISION = ["beit", "deit", "dinov2", "vit"]
+VISION = ["beit", "deit", "vit"]
 SUPPORTED = {name: _TEXT for name in ENCODERS} | {name: _DECODER for name in DECODERS}
 SUPPORTED |= {name: _VISION for name in VISION}
 
