@@ -100,7 +100,9 @@ def compare(project, naive, leaves, dtype, by_bound_only=False):
     ("width", "head_dim", "heads", "kv_heads", "batch", "tokens"),
     [(50, 8, 6, 3, *size) for size in FEW_TOKENS + MORE_TOKENS]
     + [(100, 20, 5, 5, *size) for size in SOME_TOKENS]
-    + [(803, 32, 3, 1, *size) for size in SOME_TOKENS],
+    + [(803, 32, 3, 1, *size) for size in SOME_TOKENS]
+    # Rows a power of two apart: kernels may treat them on their own.
+    + [(512, 8, 4, 2, *size) for size in SOME_TOKENS],
 )
 def test_in_projection_of_every_number_of_tokens(width, head_dim, heads, kv_heads, batch, tokens):
     x = draw(batch, tokens, width, dtype=torch.float32)
@@ -114,7 +116,10 @@ def test_in_projection_of_every_number_of_tokens(width, head_dim, heads, kv_head
     ("width", "head_dim", "heads", "batch", "tokens"),
     [(50, 8, 6, *size) for size in FEW_TOKENS + MORE_TOKENS]
     + [(100, 20, 5, *size) for size in SOME_TOKENS]
-    + [(33, 64, 19, *size) for size in SOME_TOKENS],
+    + [(33, 64, 19, *size) for size in SOME_TOKENS]
+    + [(17, 64, 8, *size) for size in SOME_TOKENS]
+    # The same columns in short runs.
+    + [(17, 4, 128, *size) for size in SOME_TOKENS],
 )
 def test_output_projection_of_every_number_of_tokens(width, head_dim, heads, batch, tokens):
     (weight,) = draw_weights([(width, heads * head_dim)], torch.float32)

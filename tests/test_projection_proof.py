@@ -25,7 +25,9 @@ def run(case: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("case", ["in_projection", "in_projection_with_bias", "out_projection", "bert"])
+@pytest.mark.parametrize(
+    "case", ["in_projection", "in_projection_512", "in_projection_with_bias", "out_projection", "bert"]
+)
 def test_kernels_do_not_read_what_masked_heads_own(case):
     result = run(case)
     assert result.returncode == 0, result.stderr

@@ -183,7 +183,8 @@ def bert(dense: bool = False) -> None:
 
 
 CASES = {
-    "in_projection": lambda: [in_projection(dtype) for dtype in (torch.float32, torch.bfloat16)],
+    "in_projection": lambda: [in_projection(torch.float32), in_projection(torch.bfloat16)],
+    "in_projection_512": lambda: in_projection(torch.float32, head_dim=8, width=512),
     "in_projection_with_bias": in_projection_with_bias,
     "out_projection": out_projection,
     "dense_in_projection": dense_in_projection,
