@@ -136,6 +136,8 @@ def out_projection(
             heads = heads.index_select(1, kept) if given == num_heads else heads
             gate = gate.index_select(-1, kept)
         heads = heads * gate.to(heads.dtype)[..., None, None]
+    if kept is not None and heads.shape[1] == num_heads and heads.stride(1) != head_dim:
+        heads = heads.index_select(1, kept)  # flatten would copy masked heads too
     tokens = heads.transpose(1, 2).flatten(2)
     if kept is None:
         return reference.out_projection_per_request(tokens, weight, bias, head_mask, head_dim)
