@@ -36,7 +36,7 @@ class Sizes:
     timing_seconds: float
 
 
-FULL = Sizes(calibration=256, held_out=640, random_draws=4, timed_batches=4, timing_seconds=60)
+FULL = Sizes(calibration=256, held_out=512, random_draws=4, timed_batches=3, timing_seconds=50)
 QUICK = Sizes(calibration=64, held_out=256, random_draws=2, timed_batches=2, timing_seconds=10)
 
 
