@@ -64,6 +64,16 @@ def test_detach_gives_back_the_model(name):
     assert found(model) == before
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_backward_that_recomputes_after_detach_is_refused(reentrant):
+    model, handle, batch = attached(mask=MASKS["scattered"])
+    enable_checkpointing(model, reentrant)
+    value = loss(model, batch)
+    handle.detach()
+    with pytest.raises(sh.errors.DetachedError, match="recomputes a checkpointed layer"):
+        value.backward()
+
+
 def test_detach_undoes_the_wrapping_of_checkpoint_functions():
     model = build("bert")
     enable_checkpointing(model)

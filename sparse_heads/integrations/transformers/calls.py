@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...errors import DetachedError
 from .selection import Selection
 
 if TYPE_CHECKING:
@@ -58,12 +59,15 @@ def new_call(handle: Handle) -> Call:
         if override.handle is handle:
             return Call(handle, override.selection, override.scale)
         override = override.outer
-    return Call(handle, handle.selection)
+    return Call(handle, handle.default_call.selection)
 
 
 def current_call(handle: Handle) -> Call:
     """The record of the forward that runs; a layer called directly gets one of its own."""
-    return _open_call(handle) or new_call(handle)
+    call = _calls.get()
+    if call is None:
+        return handle.default_call if _overrides.get() is None else new_call(handle)
+    return call if call.handle is handle else _open_call(handle) or new_call(handle)
 
 
 def open_calls(handle: Handle) -> Call:
@@ -95,12 +99,21 @@ def leave_call(handle: Handle) -> None:
 
 def run_in_call(call: Call, function: Any, *args: Any, **kwargs: Any) -> Any:
     """`function(*args, **kwargs)` under `call` and those around it, whatever records the thread has open."""
+    _check_attached(call)
     saved = _calls.get()
     _calls.set(call)
     try:
         return function(*args, **kwargs)
     finally:
         _calls.set(saved)
+
+
+def _check_attached(call: Call | None) -> None:
+    """A layer that is recomputed after `detach` would run heads that its forward did not."""
+    while call is not None:
+        if not call.handle.attached and (call.selection is not None or call.scale is not None):
+            raise DetachedError("handle: detached before the backward pass that recomputes a checkpointed layer")
+        call = call.outer
 
 
 @torch.compiler.disable(reason="sparse_heads looks up which heads run at every call")

@@ -17,7 +17,7 @@ from ...errors import DetachedError, SparseHeadsWarning, UnsupportedError, inval
 from ...heads import HeadSubset
 from ...layers import Layers
 from . import checkpointing
-from .calls import enter_call, enter_override, leave_call, leave_override, new_call, outside_graph
+from .calls import Call, enter_call, enter_override, leave_call, leave_override, new_call, outside_graph
 from .projections import InProjection, OutProjection, Site
 from .selection import Selection, select
 
@@ -38,11 +38,11 @@ class Handle:
         self.layers = layers
         self.backend = backend
         self.options = options
-        self.selection: Selection | None = None
+        self.default_call = Call(self, None)  # what a layer runs under outside `use_heads` and any forward
         self.sites = [Site(self, row, layers[row], each) for row, each in enumerate(projections)]
         self._checkpointed = checkpointing.checkpointed_modules(model)
         self._parameters = list(inspect.signature(model.forward).parameters)
-        self._attached = True
+        self.attached = True
         for site in self.sites:
             for role, module in site.projections.items():
                 _become(module, OutProjection if role == "output" else InProjection)
@@ -53,13 +53,14 @@ class Handle:
         checkpointing.carry_calls(self, self._checkpointed)
 
     def __repr__(self) -> str:
-        state = "detached" if not self._attached else "all heads" if self.subset is None else repr(self.subset)
+        state = "detached" if not self.attached else "all heads" if self.subset is None else repr(self.subset)
         return f"Handle({type(self.model).__name__}, {len(self.layers)} layers, {state})"
 
     @property
     def subset(self) -> HeadSubset | None:
         """What `set_heads` said: None while every head is on."""
-        return None if self.selection is None else self.selection.subset
+        selection = self.default_call.selection
+        return None if selection is None else selection.subset
 
     def set_heads(self, subset: Subset) -> None:
         """Choose the heads that run from now on, in every thread that is not inside `use_heads`.
@@ -72,7 +73,7 @@ class Handle:
             SubsetMismatchError: the subset belongs to another model.
             ValueError, TypeError: wrong shape or dtype, an index out of range or repeated.
         """
-        self.selection = self._select(subset)
+        self.default_call = Call(self, self._select(subset))
 
     @contextmanager
     def use_heads(self, subset: Subset, *, scale: Tensor | None = None) -> Iterator[None]:
@@ -109,9 +110,9 @@ class Handle:
 
     def detach(self) -> None:
         """Give the model back as it was found; the handle cannot be used afterwards. Twice is harmless."""
-        if not self._attached:
+        if not self.attached:
             return
-        self._attached = False
+        self.attached = False
         for site in self.sites:
             for module in site.projections.values():
                 del module.__dict__[_ATTRIBUTE]
@@ -122,7 +123,7 @@ class Handle:
         checkpointing.restore(self._checkpointed)
 
     def _check_attached(self) -> None:
-        if not self._attached:
+        if not self.attached:
             raise DetachedError("handle: detached; attach the model again")
 
     def _select(self, subset: Subset) -> Selection | None:

@@ -53,6 +53,19 @@ def _state(x: Tensor) -> tuple[int, bool]:
     return (-1 if x.is_inference() else x._version), torch.is_grad_enabled()
 
 
+# Which projections read the same input, the one that is called first to begin with.
+_SHARED = {
+    "self": {"query": ("query", "key", "value"), "key": ("key", "value"), "value": ("value",)},
+    "cross": {"query": ("query",), "key": ("key", "value"), "value": ("value",)},
+}
+
+
+def _parameter(module: nn.Linear, name: str) -> Tensor | None:
+    """`getattr(module, name)`, which takes three times as long for a parameter."""
+    parameter = module._parameters.get(name)
+    return getattr(module, name) if parameter is None else parameter
+
+
 def _changes_when_called(module: nn.Linear) -> bool:
     """Whether offloading, or a hook as of `torch.nn.utils.prune`, may bring the weight in only at the call."""
     return "_hf_hook" in module.__dict__ or bool(module._forward_pre_hooks)
@@ -68,11 +81,13 @@ class Site:
     projections: dict[str, nn.Linear]
     waiting: Waiting = field(default_factory=Waiting)
 
-    def sharing(self, role: str) -> list[str]:
-        """The projections that one pass over `x` computes when `role` is called."""
-        self_attention = ["query", "key", "value"] if self.layer.kind == "self" else ["query"]
-        roles = {"query": self_attention, "key": ["key", "value"]}.get(role, [role])
-        return [each for each in roles if each == role or not _changes_when_called(self.projections[each])]
+    def __post_init__(self) -> None:
+        self.shared = _SHARED[self.layer.kind]
+
+    def sharing(self, role: str) -> tuple[str, ...]:
+        """The projections that one pass over the input computes when `role` is called."""
+        roles = self.shared[role]
+        return (role,) if any(_changes_when_called(self.projections[each]) for each in roles[1:]) else roles
 
 
 class InProjection(nn.Linear):
@@ -95,8 +110,8 @@ class InProjection(nn.Linear):
         modules = [site.projections[each] for each in roles]
         outputs = choose(site.handle.backend, input).in_projection(
             input,
-            [module.weight for module in modules],
-            [module.bias for module in modules],
+            [_parameter(module, "weight") for module in modules],
+            [_parameter(module, "bias") for module in modules],
             [row.heads if each == "query" else row.kv_heads for each in roles],
             site.layer.head_dim,
         )
