@@ -36,7 +36,7 @@ class Sizes:
     timing_seconds: float
 
 
-FULL = Sizes(calibration=256, held_out=512, random_draws=4, timed_batches=3, timing_seconds=50)
+FULL = Sizes(calibration=192, held_out=384, random_draws=4, timed_batches=3, timing_seconds=70)
 QUICK = Sizes(calibration=64, held_out=256, random_draws=2, timed_batches=2, timing_seconds=10)
 
 
