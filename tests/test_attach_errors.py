@@ -272,6 +272,25 @@ def test_parametrised_projections():
         sh.attach(model)
 
 
+@pytest.mark.parametrize("row, role", [(1, "query"), (0, "key")])
+def test_a_projection_in_two_places(row, role):
+    model = build("bert")
+    first = model.encoder.layer[0].attention.self.query
+    setattr(model.encoder.layer[row].attention.self, role, first)
+    with pytest.raises(
+        UnsupportedError, match=rf"the {role} projection of encoder.layer.{row}.* is the same module as the query"
+    ):
+        sh.attach(model)
+    assert type(first) is nn.Linear
+
+
+def test_a_parameter_of_a_list_of_modules_may_belong_to_single_heads():
+    model = build("bert")
+    model.encoder.layer[0].attention.self.norms = nn.ModuleList(nn.LayerNorm(12) for _ in range(4))
+    with pytest.raises(UnsupportedError, match=r"encoder.layer.0.* its norms.0.weight \[12\] may belong to single heads"):
+        sh.attach(model)
+
+
 def test_a_forward_on_the_instance():
     model = build("bert")
     query = model.encoder.layer[0].attention.self.query

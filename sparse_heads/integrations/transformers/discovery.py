@@ -10,7 +10,7 @@ from torch import nn
 
 from ...errors import UnknownFamilyError, UnsupportedError, describe, invalid, invalid_type
 from ...layers import LayerInfo, Layers
-from .families import FAMILIES, REFUSED, Family
+from .families import FAMILIES, Family
 from .projections import InProjection, OutProjection
 
 _ADVICE = (
@@ -29,8 +29,6 @@ def find_layers(model: nn.Module, include: object, exclude: object) -> tuple[Lay
     include, exclude = _patterns("include", include), _patterns("exclude", exclude)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None) or type(model).__name__
-    if model_type in REFUSED:
-        raise UnsupportedError(f"model: {model_type} cannot run with heads off yet: {REFUSED[model_type]}")
     modules = dict(model.named_modules())
     indices: Counter[tuple[str, str]] = Counter()
     found: list[Found] = []
@@ -60,6 +58,7 @@ def find_layers(model: nn.Module, include: object, exclude: object) -> tuple[Lay
             found.append((_describe(name, stack, index, kind, head_dim, projections, config), projections))
     if not found:
         raise UnknownFamilyError(_unknown(model_type, bool(indices)))
+    _check_not_shared(found)
     layers = Layers((layer for layer, _ in found), model_type, getattr(config, "_name_or_path", None) or None)
     return layers, [projections for _, projections in found]
 
@@ -142,12 +141,31 @@ def _check_follows_its_heads(name: str, module: nn.Module, projections: dict[str
         )
     known = {id(parameter) for projection in projections.values() for parameter in projection.parameters()}
     for path, parameter in module.named_parameters():
-        # Norms over one head, and embeddings of positions as wide as a head, serve every head alike.
-        if id(parameter) not in known and parameter.shape[-1:] != (head_dim,):
+        if id(parameter) not in known and not _serves_every_head(module, path, parameter, head_dim):
             raise UnsupportedError(
                 f"model: {name} cannot run with heads off yet: its {path} {list(parameter.shape)} may belong to single "
-                f"heads, wanted none beside the projections but of width {head_dim}"
+                f"heads, wanted none beside the projections but norms and embeddings of width {head_dim}"
             )
+
+
+def _serves_every_head(module: nn.Module, path: str, parameter: nn.Parameter, head_dim: int) -> bool:
+    """Whether it is that of a child which is a norm over one head, or an embedding of positions as wide as a head."""
+    child, _, own = path.partition(".")
+    one_norm = parameter.dim() == 1 or isinstance(module.get_submodule(child), nn.Embedding)
+    return own.isidentifier() and one_norm and parameter.shape[-1] == head_dim
+
+
+def _check_not_shared(found: list[Found]) -> None:
+    """Refuse a projection in two places: it could not tell for which of them it is called."""
+    owners: dict[nn.Linear, str] = {}
+    for layer, projections in found:
+        for role, projection in projections.items():
+            if projection in owners:
+                raise UnsupportedError(
+                    f"model: the {role} projection of {layer.name} is the same module as {owners[projection]}, wanted "
+                    "a module each (they may share their parameters)"
+                )
+            owners[projection] = f"the {role} projection of {layer.name}"
 
 
 def _patterns(argument: str, value: object) -> list[str] | None:

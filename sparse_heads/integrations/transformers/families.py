@@ -26,13 +26,3 @@ FAMILIES = [
     Family("q_lin", "k_lin", "v_lin", "out_lin", "attention_head_size"),  # DistilBERT
     Family("q_proj", "k_proj", "v_proj", "o_proj", "head_dim"),  # Llama
 ]
-
-# Structures that fit a row and still depend on the number of heads elsewhere in their forward.
-REFUSED = {
-    "t5": "its position bias is added per head",
-    "mt5": "its position bias is added per head",
-    "umt5": "its position bias is added per head",
-    "gpt_oss": "its attention sinks are per head",
-    "diffllama": "it subtracts the attention of one half of the heads from the other's",
-    "olmo2": "it normalises queries and keys over all heads together",
-}
