@@ -3,7 +3,7 @@
 Standard library only, and nothing of sparse_heads: setup.py loads this file by its path, where torch may be absent.
 
 Kernel sources are `csrc/cpu/*.cpp`, every one a translation unit of its own, with `csrc` on the include path. They
-see PyTorch's stable ABI only (`torch/csrc/stable`), and come without `-march`: AVX2 and AVX-512 are chosen at run time.
+see PyTorch's stable ABI only (`torch/csrc/stable`), and come without `-march`: AVX-512 is chosen at run time.
 """
 
 from __future__ import annotations

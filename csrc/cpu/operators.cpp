@@ -24,7 +24,7 @@ int64_t requests(const Tensor& input) { return input.dim() >= 3 ? input.size(0) 
 
 bool in_place_kernels_cover(const Tensor& input) { return has_avx512() && is_float32(input); }
 
-void project(const Projection& projection) {
+void project([[maybe_unused]] const Projection& projection) {
 #if SPARSE_HEADS_HAVE_AVX512
   if (projection.tokens == 0 || projection.rows() == 0) return;
   if (dots_suit(projection)) {

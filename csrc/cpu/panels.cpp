@@ -6,9 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -72,17 +70,13 @@ int64_t block_tokens(int64_t tokens, int64_t panel_tokens) {
 
 // Memory for packed inputs, kept by each thread between calls: it is small and wanted at every call.
 float* scratch(int64_t size) {
-  struct Free {
-    void operator()(float* pointer) const { std::free(pointer); }
+  struct alignas(64) Line {
+    float lanes[kLanes];
   };
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local int64_t capacity = 0;
-  if (capacity < size) {
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, size * sizeof(float))));
-    if (!memory) throw std::bad_alloc();
-    capacity = size;
-  }
-  return memory.get();
+  thread_local std::vector<Line> memory;
+  const size_t lines = ceil_divide(size, kLanes);
+  if (memory.size() < lines) memory.resize(lines);
+  return reinterpret_cast<float*>(memory.data());
 }
 
 // One block of tokens, packed as panels of 32 tokens or 16.
