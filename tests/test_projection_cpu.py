@@ -209,6 +209,20 @@ def test_twenty_runs_give_the_same_bits(tokens, dtype):
         assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 31, 263])
+def test_the_number_of_threads_changes_no_bit(tokens):
+    x, (weight,) = draw(1, tokens, 900, dtype=torch.float32), draw_weights([(900, 900)], torch.float32)
+    mask = kept_and_all(60)["scattered"]
+
+    def block():
+        (heads,) = sh.in_projection(x, (weight,), None, mask, head_dim=15, backend="cpu")
+        return heads, sh.out_projection(heads, weight, None, mask, backend="cpu")
+
+    by_two = block()
+    torch.set_num_threads(1)
+    assert all(torch.equal(*pair) for pair in zip(by_two, block(), strict=True))
+
+
 @st.composite
 def problems(draw_from):
     head_dim = draw_from(st.integers(1, 40))
@@ -219,9 +233,7 @@ def problems(draw_from):
     return head_dim, kv_heads, mask, sizes, draw_from(st.booleans()), draw_from(st.integers(0, 1000))
 
 
-@settings(max_examples=25, deadline=None)
-@given(problems())
-def test_any_problem(problem):
+def check_problem(problem):
     head_dim, kv_heads, mask, (batch, tokens, width), with_bias, seed = problem
     counts = (mask.shape[0], kv_heads, kv_heads)
     weights = draw_weights([(count * head_dim, width) for count in counts], torch.float32, seed)
@@ -232,3 +244,16 @@ def test_any_problem(problem):
     heads = draw(batch, counts[0], tokens, head_dim, seed=seed + 1, dtype=torch.float32)
     bias = draw(width, seed=seed) if with_bias else None
     check_out_projection(heads, weight, bias, mask, compact=with_bias, by_bound_only=True)
+
+
+@settings(max_examples=25)
+@given(problems())
+def test_any_problem(problem):
+    check_problem(problem)
+
+
+@pytest.mark.full
+@settings(max_examples=1000)
+@given(problems())
+def test_many_problems(problem):
+    check_problem(problem)

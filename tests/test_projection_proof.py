@@ -34,6 +34,12 @@ def test_kernels_do_not_read_what_masked_heads_own(case):
     assert result.stdout.split()[-1] == "done"
 
 
+def test_kernels_do_not_read_past_the_end():
+    result = run("ends")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[-1] == "done"
+
+
 @pytest.mark.parametrize("case", ["dense_in_projection", "dense_out_projection", "dense_bert"])
 def test_a_dense_product_dies_there(case):
     result = run(case)

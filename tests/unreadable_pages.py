@@ -7,6 +7,7 @@ runs CASE; it prints "protected" before and "done" after.
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import resource
 import sys
@@ -132,6 +133,35 @@ def out_projection() -> None:
         assert (mapped_heads.grad.view(tokens, HEADS, head_dim)[:, ~MASK] == 0).all()
 
 
+def fenced(*size: int) -> torch.Tensor:
+    """A tensor whose last number is the last that may be read: the next page is forbidden."""
+    pages = -(-math.prod(size) * 4 // mmap.PAGESIZE) + 1
+    mapped = Mapped(torch.randn(pages * mmap.PAGESIZE // 4))
+    end = mapped.tensor.numel() - mmap.PAGESIZE // 4
+    mapped.forbid(end, mmap.PAGESIZE // 4)
+    return mapped.tensor[end - math.prod(size) : end].view(size)
+
+
+def ends() -> None:
+    """Sizes that fill no vector and no tile, against the end of what may be read."""
+    last = torch.tensor([False] * (HEADS - 1) + [True])
+    print("protected", flush=True)
+    for width, head_dim in ((1, 1), (37, 5), (515, 17), (512, 3)):
+        columns = HEADS * head_dim
+        weight, bias = fenced(columns, width), fenced(columns)
+        out_weight, out_bias = fenced(width, columns), fenced(width)
+        for tokens in TOKENS:
+            x, heads = fenced(1, tokens, width), fenced(1, tokens, HEADS, head_dim)
+
+            def run(x, weight, bias, heads, out_weight, out_bias, head_dim=head_dim):
+                projected = sh.in_projection(x, weight, bias, last, head_dim=head_dim, backend="cpu")
+                return projected, sh.out_projection(heads.transpose(1, 2), out_weight, out_bias, last, backend="cpu")
+
+            tensors = [x, weight, bias, heads, out_weight, out_bias]
+            for actual, expected in zip(run(*tensors), run(*map(torch.clone, tensors)), strict=True):
+                assert torch.equal(actual, expected)
+
+
 def dense_in_projection() -> None:
     weight = forbid_rows(Mapped(torch.randn(HEADS * 64, 64)))
     print("protected", flush=True)
@@ -187,6 +217,7 @@ CASES = {
     "in_projection_512": lambda: in_projection(torch.float32, head_dim=8, width=512),
     "in_projection_with_bias": in_projection_with_bias,
     "out_projection": out_projection,
+    "ends": ends,
     "dense_in_projection": dense_in_projection,
     "dense_out_projection": dense_out_projection,
     "bert": bert,
