@@ -362,6 +362,24 @@ def test_low_precision_models(dtype):
     assert error <= 2 * allowed + torch.finfo(dtype).eps * exact.norm()
 
 
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda layer, x: torch.func.grad(lambda y: layer(y).square().sum())(x),
+        lambda layer, x: torch.func.jvp(layer, (x,), (x.cos(),))[1],
+        lambda layer, x: torch.func.vmap(layer)(x[:, None]),
+    ],
+    ids=["grad", "jvp", "vmap"],
+)
+def test_function_transforms(transform):
+    model, handle, _ = attached(attention="eager", dtype=torch.float64)
+    handle.set_heads(MASKS["scattered"])
+    oracle = masked_copy(build("bert", "eager", torch.float64), handle.layers, MASKS["scattered"])
+    x = torch.randn(2, 5, 48, dtype=torch.float64)
+    results = [transform(each.requires_grad_(False).encoder.layer[0], x) for each in (model, oracle)]
+    torch.testing.assert_close(*results)
+
+
 def test_scale_multiplies_heads_and_has_exact_gradients():
     model, handle, batch = attached(dtype=torch.float64)
     scale = torch.rand(3, 3, 4, dtype=torch.float64)

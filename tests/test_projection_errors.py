@@ -173,6 +173,10 @@ def test_the_cpu_kernels_take_shared_masks_outside_autocast(calls):
             pytest.raises(UnsupportedError, match="backend: 'cpu' does not run under autocast; use 'auto'"),
         ):
             call(backend="cpu")
+        with pytest.raises(
+            UnsupportedError, match=r"backend: 'cpu' does not run inside torch.func transforms; use 'auto'"
+        ):
+            torch.func.vmap(lambda _, call=call: call(backend="cpu"))(torch.ones(2))
 
 
 def test_the_cpu_kernels_take_tensors_on_the_cpu():

@@ -160,8 +160,9 @@ def choose(backend: str, x: Tensor, per_request: bool = False) -> ModuleType:
         return reference
     on_cpu = x.device.type == "cpu"
     autocast = on_cpu and torch.is_autocast_enabled("cpu")
+    transformed = torch._C._functorch.maybe_current_level() is not None  # torch.func.jvp would take kernels as constant
     if backend == "auto":
-        if not on_cpu or per_request or autocast:
+        if not on_cpu or per_request or autocast or transformed:
             return reference
         if _native.available():
             return cpu
@@ -174,6 +175,8 @@ def choose(backend: str, x: Tensor, per_request: bool = False) -> ModuleType:
         raise UnsupportedError("backend: 'cpu' takes a head_mask [H] shared by the batch; [B, H] needs 'reference'")
     if autocast:
         raise UnsupportedError("backend: 'cpu' does not run under autocast; use 'auto' or 'reference'")
+    if transformed:
+        raise UnsupportedError("backend: 'cpu' does not run inside torch.func transforms; use 'auto' or 'reference'")
     return cpu
 
 
