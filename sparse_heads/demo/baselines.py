@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
@@ -109,10 +110,11 @@ class FusedProjection(nn.Module):
 
     def __init__(self, product: nn.Linear, sizes: list[int], waiting: list[Tensor]) -> None:
         super().__init__()
-        self.product, self.sizes, self.waiting = product, sizes, waiting
+        self.weight, self.bias = product.weight, product.bias
+        self.sizes, self.waiting = sizes, waiting
 
     def forward(self, x: Tensor) -> Tensor:
-        query, *self.waiting[:] = self.product(x).split(self.sizes, dim=-1)
+        query, *self.waiting[:] = F.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
         return query
 
 
