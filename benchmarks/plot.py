@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .figures import FIRST, WARM, Case, estimate, speed
+from .figures import FIRST, LOWEST_BLOCK_SPEED, WARM, Case, estimate, speed
 
 # Okabe and Ito's colours, which readers with colour blindness can tell apart.
 STYLES: dict[str, dict[str, Any]] = {
@@ -20,7 +20,6 @@ STYLES: dict[str, dict[str, Any]] = {
     FIRST: {"color": "#56B4E9", "marker": "o", "markersize": 3},
 }
 OURS, LIMIT, LOSS = "#0072B2", "#009E73", "#D55E00"
-LOWEST_WANTED = 0.75
 
 
 def block_plot(cases: list[Case]) -> bytes:
@@ -54,7 +53,8 @@ def draw_block(axes: Axes, cases: list[Case]) -> None:
     losing = [(count, one.value) for count, one in zip(heads, ours, strict=True) if one.high < 1]
     axes.plot(*zip(*losing, strict=True) if losing else ((), ()), "o", color=LOSS, markersize=9, fillstyle="none")
     axes.axhline(1, color=LIMIT, linewidth=1.4, label="repacked")
-    axes.axhline(LOWEST_WANTED, color=LIMIT, linewidth=0.8, linestyle=":", label=f"{LOWEST_WANTED}: lowest wanted")
+    lowest = f"{LOWEST_BLOCK_SPEED}: lowest wanted"
+    axes.axhline(LOWEST_BLOCK_SPEED, color=LIMIT, linewidth=0.8, linestyle=":", label=lowest)
     axes.set_xticks(heads)
     axes.set_ylim(0, 1.7)
 
