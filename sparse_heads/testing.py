@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from . import _native
+from .ops.projection import operators  # noqa: F401  (defines the operator that the extension implements)
 
 
 @dataclass
@@ -22,8 +23,6 @@ class ItemsRun:
 @contextmanager
 def items_run() -> Iterator[ItemsRun]:
     """Count what the kernels run inside the block, on this thread; the numbers are there once it is left."""
-    import sparse_heads.ops.projection.api  # noqa: F401  (defines the operator that the extension implements)
-
     _native.load()
     items = ItemsRun()
     torch.ops.sparse_heads.items_run(True)
