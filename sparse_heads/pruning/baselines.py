@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layers import whole_number
+
 
 def magnitude(handle: Any, batches: Any) -> Tensor:
     """Frobenius norm of a head's query, key, value and output weights together: float64 `[L, H]`."""
@@ -25,5 +27,5 @@ def magnitude(handle: Any, batches: Any) -> Tensor:
 
 def random(handle: Any, batches: Any, *, seed: int = 0) -> Tensor:
     """Uniform scores from a generator of their own: float64 `[L, H]`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(whole_number("seed", seed, 0))
     return torch.rand(len(handle.layers), handle.layers.max_heads, dtype=torch.float64, generator=generator)

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import invalid, invalid_type
+from ..layers import whole_number
+
+FEWEST_PROJECTIONS = 16  # with fewer the ranking is noise
 
 
 def michel(handle: Any, batches: Iterable[Mapping[str, Any]], loss: Callable | None = None) -> Tensor:
@@ -37,11 +40,8 @@ def michel_projected(
 
     Y is the last hidden state (or the logits), R_m iid normal on its non-padding tokens, from a generator of its own.
     """
-    if isinstance(projections, bool) or not isinstance(projections, int):
-        raise invalid_type("projections", "an int", projections)
-    if projections < 16:
-        raise invalid("projections", "16 or more, or the ranking is noise", projections)
-    generator = torch.Generator().manual_seed(seed)
+    projections = whole_number("projections", projections, FEWEST_PROJECTIONS)
+    generator = torch.Generator().manual_seed(whole_number("seed", seed, 0))
 
     def gradients(batch: Mapping[str, Any], gates: Tensor) -> Tensor:
         outputs = _outputs(handle.model(**batch))

@@ -60,7 +60,7 @@ def score_heads(
     known = [name for name in inspect.signature(function).parameters if name not in ("handle", "batches", "loss")]
     for name in options:
         if name not in known:
-            raise invalid_type("options", f"{method!r} takes {known or 'none'}", name)
+            raise invalid_type("options", f"those of {method!r}: {', '.join(known) or 'none'}", name)
     if loss is not None:
         if method != "michel":
             raise invalid("loss", f"None for the method {method!r}, which has no loss", loss)
