@@ -39,8 +39,8 @@ def select(subset: HeadSubset | None, devices: list[torch.device]) -> Selection 
     if subset.per_request:
         raise UnsupportedError("subset: a subset for every request ([B, L, H]) is not built yet; give a shared [L, H]")
     rows = tuple(
-        _select_layer(subset.mask[i, : layer.num_heads], layer, device)
-        for i, (layer, device) in enumerate(zip(subset.layers, devices, strict=True))
+        _select_layer(row[: layer.num_heads], layer, device)
+        for row, layer, device in zip(subset.mask, subset.layers, devices, strict=True)
     )
     return None if all(row is None for row in rows) else Selection(subset, rows)
 
@@ -48,9 +48,9 @@ def select(subset: HeadSubset | None, devices: list[torch.device]) -> Selection 
 def _select_layer(mask: Tensor, layer: LayerInfo, device: torch.device) -> LayerSelection | None:
     if bool(mask.all()):
         return None
-    groups = mask.unflatten(0, (layer.num_kv_heads, -1))
-    kv_mask = groups.any(1)
-    if not torch.equal(kv_mask, groups.all(1)):
+    groups = mask.view(layer.num_kv_heads, layer.group_size)
+    kv_mask = groups[:, 0]
+    if not torch.equal(groups, kv_mask[:, None].expand_as(groups)):
         raise UnsupportedError(
             f"subset: layer {layer.name} has grouped queries, and a subset that splits a group is not built yet; "
             "keep or drop whole groups (`subset.round_to_groups`)"
