@@ -16,6 +16,7 @@ from sparse_heads import _native
 from sparse_heads._version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
+THREAD_VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "DNNL_", "ONEDNN_")
 IMPORT_SCRIPT = """
 import sys, time
 import torch
@@ -37,12 +38,14 @@ def cpu_description() -> tuple[str, list[str]]:
 
 
 def machine() -> dict[str, object]:
-    """Processor, cores that this process may use, vector flags and operating system."""
+    """Processor, cores that this process may use, vector flags, operating system and what the environment sets."""
     model, flags = cpu_description()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     capability = torch.backends.cpu.get_cpu_capability()
     system = f"{platform.system()} {platform.machine()}"
-    return {"cpu": model, "cores": cores, "torch_capability": capability, "flags": flags, "system": system}
+    variables = {name: value for name, value in os.environ.items() if name.startswith(THREAD_VARIABLES)}
+    found = {"cpu": model, "cores": cores, "torch_capability": capability, "flags": flags}
+    return found | {"system": system, "variables": variables}
 
 
 def versions() -> dict[str, str]:
