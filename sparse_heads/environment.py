@@ -24,10 +24,7 @@ def environment() -> list[tuple[str, str]]:
         ("backend cpu", f"not available: {reason}" if reason else f"available: {_native.library()}"),
         ("backend triton", "not available: no kernels yet"),
         ("backend cuda", "not available: no kernels yet"),
-        (
-            "backend auto, projections",
-            "reference" if reason else "cpu",
-        ),
+        ("backend auto, projections", "reference" if reason else "cpu"),
         ("backend auto, attention", "sdpa; reference for softcap, sinks and masks per request"),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         *((name, _version_of(name)) for name in PACKAGES),

@@ -40,20 +40,20 @@ def select(subset: HeadSubset | None, devices: list[torch.device]) -> Selection 
         raise UnsupportedError("subset: a subset for every request ([B, L, H]) is not built yet; give a shared [L, H]")
     rows = tuple(
         _select_layer(row[: layer.num_heads], layer, device)
-        for row, layer, device in zip(subset.mask, subset.layers, devices, strict=True)
+        for row, layer, device in zip(subset.mask.tolist(), subset.layers, devices, strict=True)
     )
     return None if all(row is None for row in rows) else Selection(subset, rows)
 
 
-def _select_layer(mask: Tensor, layer: LayerInfo, device: torch.device) -> LayerSelection | None:
-    if bool(mask.all()):
+def _select_layer(mask: list[bool], layer: LayerInfo, device: torch.device) -> LayerSelection | None:
+    if all(mask):
         return None
-    groups = mask.view(layer.num_kv_heads, layer.group_size)
-    kv_mask = groups[:, 0]
-    if not torch.equal(groups, kv_mask[:, None].expand_as(groups)):
+    heads = [head for head, runs in enumerate(mask) if runs]
+    kv_heads = sorted({head // layer.group_size for head in heads})
+    if len(heads) != len(kv_heads) * layer.group_size:
         raise UnsupportedError(
             f"subset: layer {layer.name} has grouped queries, and a subset that splits a group is not built yet; "
             "keep or drop whole groups (`subset.round_to_groups`)"
         )
     device = torch.device("cpu") if device.type == "meta" else device
-    return LayerSelection(mask.nonzero()[:, 0].to(device), kv_mask.nonzero()[:, 0].to(device))
+    return LayerSelection(*(torch.tensor(each, dtype=torch.int64, device=device) for each in (heads, kv_heads)))
