@@ -23,7 +23,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def shape_of(case: Case) -> str:
-    """The input in words, for example `8x128` or `32x18 demo`."""
+    """The input in words, for example `8x128` or `32x20 demo`."""
     return f"{case['batch']}x{case['tokens']} {case['label']}".strip()
 
 
