@@ -124,6 +124,35 @@ def test_caches_under_switched_off_heads(name):
         assert model(**batch, use_cache=True).past_key_values is not None
 
 
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("part", ["model.model", "wrapper"])
+def test_caches_of_a_model_inside_the_attached_one(part):
+    """Under another subset of the same size a cache would fit, and give wrong numbers."""
+    inner = build("llama_lm")
+    model = inner if part == "model.model" else Wrapper(inner)
+    call = inner.model if part == "model.model" else model
+    handle, batch = sh.attach(model), inputs(inner)
+    with torch.no_grad():
+        cache = call(**batch).past_key_values
+        handle.set_heads({0: [1], 1: [2], 2: [3]})
+        assert call(**batch).past_key_values is None
+        for given in ({"past_key_values": cache}, {"use_cache": True}):
+            with pytest.raises(UnsupportedError, match="past_key_values: .*use_cache=False"):
+                call(**batch, **given)
+        with pytest.raises(UnsupportedError, match="past_key_values: .*use_cache=False"):
+            call(batch["input_ids"], batch["attention_mask"], None, cache)
+    handle.detach()
+    assert call(**batch).past_key_values is not None
+
+
 def test_caches_handed_in_by_position():
     model, handle, batch = attached("llama")
     handle.set_heads(MASKS["scattered"])

@@ -115,6 +115,24 @@ def test_parts_and_wholes_of_an_attached_model_are_refused():
     sh.attach(model)
 
 
+@pytest.mark.parametrize("first_to_go", [0, 1])
+def test_two_handles_on_one_model(first_to_go):
+    plain, model = build("bert_classifier"), build("bert_classifier")
+    before, batch = found(model), inputs(model)
+    handles = [sh.attach(model, include="*.layer.0.*"), sh.attach(model.bert, include="*.layer.1.*")]
+    kept = [{0: [1]}, {0: [2, 3]}]
+    for handle, heads in zip(handles, kept, strict=True):
+        handle.set_heads(heads)
+    oracle = sh.attach(plain)
+    oracle.set_heads({0: [1], 1: [2, 3]})
+    assert torch.equal(output(model, batch), output(plain, batch))
+    handles[first_to_go].detach()
+    oracle.set_heads({1 - first_to_go: kept[1 - first_to_go][0]})
+    assert torch.equal(output(model, batch), output(plain, batch))
+    handles[1 - first_to_go].detach()
+    assert found(model) == before
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_keep_the_subset_and_are_independent(copied):
     model, handle, batch = attached("bert_classifier", MASKS["scattered"])

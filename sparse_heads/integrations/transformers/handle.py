@@ -8,16 +8,18 @@ import types
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ...errors import DetachedError, SparseHeadsWarning, UnsupportedError, invalid, invalid_type
 from ...heads import HeadSubset
 from ...layers import Layers
 from . import checkpointing
-from .calls import Call, enter_call, enter_override, leave_call, leave_override, new_call, outside_graph
+from .calls import Call, current_call, enter_call, enter_override, leave_call, leave_override, new_call, outside_graph
 from .projections import InProjection, OutProjection, Site
 from .selection import Selection, select
 
@@ -41,7 +43,12 @@ class Handle:
         self.default_call = Call(self, None)  # what a layer runs under outside `use_heads` and any forward
         self.sites = [Site(self, row, layers[row], each) for row, each in enumerate(projections)]
         self._checkpointed = checkpointing.checkpointed_modules(model)
-        self._parameters = list(inspect.signature(model.forward).parameters)
+        self._parameters = _parameters(model)
+        self._guards = [
+            (part, partial(_guard_call, self, _parameters(part)))
+            for part in model.modules()
+            if isinstance(part, PreTrainedModel) and part is not model
+        ]
         self.attached = True
         for site in self.sites:
             for role, module in site.projections.items():
@@ -50,6 +57,8 @@ class Handle:
         model.__dict__[_ATTRIBUTE + "_handle"] = self
         model.register_forward_pre_hook(_open_call, with_kwargs=True, prepend=True)
         model.register_forward_hook(_close_call, always_call=True)
+        for part, guard in self._guards:
+            part.register_forward_pre_hook(guard, with_kwargs=True)
         checkpointing.carry_calls(self, self._checkpointed)
 
     def __repr__(self) -> str:
@@ -117,6 +126,8 @@ class Handle:
             for module in site.projections.values():
                 del module.__dict__[_ATTRIBUTE]
                 _become(module, nn.Linear)
+        for part, guard in self._guards:
+            _remove_hook(part._forward_pre_hooks, guard, part._forward_pre_hooks_with_kwargs)
         del self.model.__dict__[_ATTRIBUTE + "_handle"]
         _remove_hook(self.model._forward_pre_hooks, _open_call, self.model._forward_pre_hooks_with_kwargs)
         _remove_hook(self.model._forward_hooks, _close_call, self.model._forward_hooks_always_called)
@@ -207,17 +218,28 @@ def _open_call(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
         )
     if torch.is_grad_enabled():
         checkpointing.carry_calls(handle, handle._checkpointed)
-    if call.selection is None:
+    return _guard_call(handle, handle._parameters, module, args, kwargs)
+
+
+def _parameters(model: nn.Module) -> list[str]:
+    return list(inspect.signature(model.forward).parameters)
+
+
+def _guard_call(
+    handle: Handle, parameters: list[str], module: nn.Module, args: tuple, kwargs: dict
+) -> tuple[tuple, dict] | None:
+    """Refuse what heads that are off cannot honour yet, and see that nobody makes a cache who was not asked to."""
+    if torch.compiler.is_compiling():
+        return outside_graph(_guard_call, handle, parameters, module, args, kwargs)
+    if current_call(handle).selection is None:
         return None
-    given = {**dict(zip(handle._parameters, args, strict=False)), **kwargs}
-    _refuse(module, given)
-    if "use_cache" in handle._parameters[len(args) :] and kwargs.get("use_cache") is None:
+    _refuse(module, {**dict(zip(parameters, args, strict=False)), **kwargs})
+    if "use_cache" in parameters[len(args) :] and kwargs.get("use_cache") is None:
         return args, {**kwargs, "use_cache": False}
     return None
 
 
 def _refuse(module: nn.Module, given: dict) -> None:
-    """What heads that are off cannot honour yet."""
     if given.get("past_key_values") is not None or given.get("use_cache"):
         raise UnsupportedError(
             "past_key_values: caches under switched-off heads are not built yet; pass use_cache=False"
