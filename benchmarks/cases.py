@@ -18,8 +18,8 @@ KEPT_HEADS = {
 }
 # Half of all heads spread unevenly over six layers, as scores leave them.
 UNEVEN_HALF = (9, 6, 3, 9, 6, 3)
-# The batches that the demo times, in word pieces per sentence: its held-out docstring sentences of Python 3.11, sorted by
-# length and cut into batches of 32, at 1/6, 1/2 and 5/6.
+# The batches that the demo times, in word pieces per sentence: its held-out docstring sentences of Python 3.11, sorted
+# by length and cut into batches of 32, at 1/6, 1/2 and 5/6.
 MEDIAN_SENTENCES = (18,) * 14 + (19,) * 12 + (20,) * 6
 SENTENCE_BATCHES = (
     (12,) * 6 + (13,) * 26,
