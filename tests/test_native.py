@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,22 @@ def test_threads_that_start_together_build_once(fresh: Path, compilations: Path)
         thread.join()
     assert results == [True] * 4
     assert len(compilations.read_text().splitlines()) == 1
+
+
+def test_an_interrupted_build_leaves_no_trace(sources: Path, cache: Path, compilations: Path):
+    # A shell's background jobs ignore the signal, and so would what they start.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", heed + USE, str(sources)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        while not compilations.read_text() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert b"KeyboardInterrupt" in process.communicate()[1]
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+    assert answer(_native.find_or_build(sources)) == 42
 
 
 def test_an_unusable_cache_gives_a_library_for_this_process(sources: Path, tmp_path: Path, monkeypatch, caplog):
