@@ -7,7 +7,7 @@ import torch
 from models import MODELS, build, gradients, inputs, loss, masked_copy, masks, oracle_gradients, output
 
 import sparse_heads as sh
-from sparse_heads.testing import assert_close_to_reference
+from sparse_heads.testing import assert_close_to_reference, items_run
 
 MASKS = list(masks(1))
 
@@ -61,6 +61,42 @@ def test_masked_heads_get_exact_zero_gradients(name):
             assert torch.equal(norms > 0, kept), f"{site.layer.name} {role}"
             if role != "output" and projection.bias is not None:
                 assert not projection.bias.grad.unflatten(0, (len(kept), -1))[~kept].any()
+
+
+def poison_masked_heads(handle, mask):
+    """NaN in all that belongs to the masked heads."""
+    for row, site in zip(mask, handle.sites, strict=True):
+        for role, projection in site.projections.items():
+            runs = row.unflatten(0, (site.layer.num_kv_heads, -1)).any(1) if role in ("key", "value") else row
+            tensors = [projection.weight.data.t() if role == "output" else projection.weight.data]
+            if role != "output" and projection.bias is not None:
+                tensors.append(projection.bias.data)
+            for tensor in tensors:
+                tensor.unflatten(0, (len(runs), -1))[~runs] = float("nan")
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "llama_lm", "gqa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_masked_heads_hold_changes_no_bit_and_no_item_of_theirs_runs(name, dtype):
+    results = []
+    for poisoned in (False, True):
+        model = build(name, dtype=dtype)
+        handle, batch = sh.attach(model), inputs(model)
+        mask = named_mask("one head a layer", handle)
+        handle.set_heads(mask)
+        if poisoned:
+            poison_masked_heads(handle, mask)
+        with items_run() as items:
+            result = output(model, batch)
+        loss(result).backward()
+        results.append((result.detach(), gradients(model)))
+    (clean, clean_grads), (result, grads) = results
+    assert torch.equal(result, clean)
+    for path, grad in clean_grads.items():
+        assert grads[path] is grad is None or torch.equal(grads[path], grad), path
+    kept, rows = int(mask.sum()), len(batch["input_ids"])
+    assert items.in_projection == rows * (kept + 2 * kept // handle.layers[0].group_size)
+    assert items.out_projection == rows * kept
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert", "llama_lm", "gqa"])
