@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import MODELS, build, gradients, inputs, loss, masked_copy, masks, oracle_gradients, output
+from torch import nn
 
 import sparse_heads as sh
 from sparse_heads.testing import assert_close_to_reference, items_run
@@ -146,6 +147,11 @@ def test_layers_describe_cross_attention():
     assert [(layer.index, layer.kind) for layer in layers] == [
         (i, kind) for i in range(3) for kind in ("self", "cross")
     ]
+
+
+def test_what_a_whole_model_is_called_makes_no_layer_a_cross_attention():
+    parts = nn.ModuleDict({"cross_encoder": build("bert")})
+    assert [layer.key for layer in sh.attach(parts).layers] == [("encoder", i, "self") for i in range(3)]
 
 
 def test_layers_describe_grouped_queries():

@@ -84,7 +84,8 @@ def _stack(name: str, module: nn.Module) -> str:
 
 
 def _kind(name: str, module: nn.Module) -> str:
-    return "cross" if "cross" in name.lower() or "cross" in type(module).__name__.lower() else "self"
+    own_names = (*name.split(".")[-2:], type(module).__name__)
+    return "cross" if any("cross" in each.lower() for each in own_names) else "self"
 
 
 def _describe(
