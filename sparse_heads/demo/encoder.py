@@ -114,29 +114,33 @@ def find_weights(name: str) -> tuple[Any, Any, str]:
 
 def load_pretrained(place: str, local_files_only: bool = True) -> tuple[Any, Any]:
     """Load a model (float32) and its tokenizer with transformers; InvalidArgumentError when it cannot."""
-    import httpx
     from transformers import AutoModel, AutoTokenizer
 
     options = {"local_files_only": local_files_only}
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
         return AutoModel.from_pretrained(place, dtype=torch.float32, **options), tokenizer
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except hub_errors() as error:
         reason = str(error).strip().splitlines()[0]
         raise invalid("--model", "a model and a tokenizer that transformers loads", f"{place} ({reason})") from error
 
 
 def reason_unreachable(name: str) -> str | None:
     """None when the Hub answers for this model within a few seconds, else what went wrong."""
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
-    except (httpx.HTTPError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+    except hub_errors() as error:
         return (str(error) or type(error).__name__).splitlines()[0]
     return None
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What loading from the Hub may raise, whichever HTTP library its client stands on."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return OSError, ValueError, *HfHubHTTPError.__bases__
 
 
 def bundled_weights() -> Path | None:
