@@ -84,4 +84,17 @@ MODEL = (
     *(model_case(384, (tokens,) * batch, (6,) * 6) for batch, tokens in SHAPES[:4]),
     *(model_case(768, (tokens,) * batch, (6,) * 6) for batch, tokens in SHAPES[1:3]),
 )
-SUITES = {"block": BLOCK, "model": MODEL, "cpu": BLOCK + MODEL}
+# Every shape and count for the whole model; the long ones take more than an hour.
+GRID = tuple(
+    model_case(hidden, (tokens,) * batch, (count,) * 6)
+    for hidden in HIDDEN_SIZES
+    for batch, tokens in SHAPES
+    for count in KEPT_HEADS
+)
+SUITES = {
+    "block": BLOCK,
+    "model": MODEL,
+    "cpu": BLOCK + MODEL,
+    "model-grid-short": tuple(case for case in GRID if case.batch * case.tokens <= 128),
+    "model-grid-long": tuple(case for case in GRID if case.batch * case.tokens > 128),
+}

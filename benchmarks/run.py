@@ -82,7 +82,7 @@ def run_suite(suite: str, rounds: int, threads: int, quick: bool) -> dict[str, o
 
 
 def main(
-    suite: Annotated[str, typer.Option(help="block, model, or cpu for both")] = "cpu",
+    suite: Annotated[str, typer.Option(help="block, model, cpu for both, model-grid-short or -long")] = "cpu",
     out: Annotated[Path, typer.Option(help="folder of the results")] = RESULTS,
     name: Annotated[str, typer.Option(help="file name without ending; by default the suite")] = "",
     rounds: Annotated[int, typer.Option(help="rounds; 30 or more for figures")] = 30,
