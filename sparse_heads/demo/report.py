@@ -59,6 +59,7 @@ def add_quality(table: Table, results: dict[str, Any], field: str, title: str) -
 
 
 def cells(values: Iterable[list[float]], reduce: Callable[[list[float]], float]) -> list[str]:
+    """One number a count of heads, reduced over the draws."""
     return [f"{reduce(numbers):.3f}" for numbers in values]
 
 
@@ -77,8 +78,10 @@ def timed_labels(results: dict[str, Any]) -> list[str]:
 
 
 def speed_cells(results: dict[str, Any], label: str) -> list[str]:
+    """Sentences per second at every count of heads."""
     return [f"{timing_of(results, label, kept)['sentences_per_second']:.0f}" for kept in results["kept"]]
 
 
 def attention_cells(results: dict[str, Any], label: str) -> list[str]:
+    """Milliseconds in the attention blocks at every count of heads."""
     return [f"{timing_of(results, label, kept)['attention_milliseconds']:.1f}" for kept in results["kept"]]

@@ -45,10 +45,12 @@ _calls: ContextVar[Call | None] = ContextVar("sparse_heads_calls", default=None)
 
 
 def enter_override(handle: Handle, selection: Selection | None, scale: Tensor | None) -> None:
+    """Open a `use_heads` block in this thread or task."""
     _overrides.set(Override(handle, selection, scale, _overrides.get()))
 
 
 def leave_override() -> None:
+    """Close the innermost `use_heads` block."""
     _overrides.set(_overrides.get().outer)
 
 
@@ -87,11 +89,13 @@ def _open_call(handle: Handle) -> Call | None:
 
 
 def enter_call(call: Call) -> None:
+    """Open the record of a forward."""
     call.outer = _calls.get()
     _calls.set(call)
 
 
 def leave_call(handle: Handle) -> None:
+    """Close the innermost record if it is of `handle`."""
     call = _calls.get()
     if call is not None and call.handle is handle:
         _calls.set(call.outer)

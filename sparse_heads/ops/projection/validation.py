@@ -11,6 +11,7 @@ from ...errors import describe, invalid, invalid_type
 
 
 def check_tokens(argument: str, x: Tensor, dim: int, wanted: str) -> None:
+    """Raise unless `x` is a floating-point tensor of `dim` dimensions."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise invalid_type(argument, f"a floating-point tensor {wanted}", x)
     if x.dim() != dim:
@@ -18,6 +19,7 @@ def check_tokens(argument: str, x: Tensor, dim: int, wanted: str) -> None:
 
 
 def check_head_dim(head_dim: int) -> None:
+    """Raise unless `head_dim` is a positive int."""
     if isinstance(head_dim, bool) or not isinstance(head_dim, int):
         raise invalid_type("head_dim", "a positive int", head_dim)
     if head_dim <= 0:
@@ -41,6 +43,7 @@ def check_weight(weight: Tensor, x: Tensor, head_dim: int, heads_dim: int, width
 
 
 def check_bias(bias: Tensor | None, weight: Tensor) -> None:
+    """Raise unless `bias` is None or fits the rows of `weight`."""
     if bias is None:
         return
     wanted = f"None or [{weight.shape[0]}], {weight.dtype}, on {weight.device}"
@@ -51,6 +54,7 @@ def check_bias(bias: Tensor | None, weight: Tensor) -> None:
 
 
 def check_head_mask(head_mask: Tensor, num_heads: int, batch: int, device: torch.device) -> None:
+    """Raise unless `head_mask` is a bool tensor `[H]` or `[B, H]` on `device`."""
     wanted = f"None or a bool tensor [{num_heads}] or [{batch}, {num_heads}] (heads, or requests and heads) on {device}"
     if not isinstance(head_mask, Tensor) or head_mask.dtype != torch.bool:
         raise invalid_type("head_mask", wanted, head_mask)
