@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from projection_inputs import (
-    MASKS,
     PER_REQUEST,
     assert_equal_to_rounding,
     draw,
@@ -14,6 +13,7 @@ from projection_inputs import (
     naive_in_projection,
     naive_out_projection,
     run_with_gradients,
+    with_every_mask,
 )
 
 import sparse_heads as sh
@@ -23,13 +23,6 @@ BATCH = PER_REQUEST.shape[0]
 GATE = torch.tensor([1.5, 0.0, -2.0, 0.0, 0.3, 1.0], dtype=torch.float64)
 GATES = {"no gate": None, "gate": GATE, "per-request gate": GATE * torch.tensor([[1.0], [-3.0], [0.0], [0.5]])}
 
-BACKENDS_AND_MASKS = [
-    pytest.param(backend, mask, id=f"{backend}-{name}")
-    for backend in ("reference", "cpu")
-    for name, mask in {**MASKS, "per request": PER_REQUEST}.items()
-    if mask.dim() == 1 or backend != "cpu"
-]
-with_every_mask = pytest.mark.parametrize(("backend", "head_mask"), BACKENDS_AND_MASKS)
 
 
 def in_projection_leaves(counts: tuple[int, ...], with_bias: tuple[bool, ...]) -> dict:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from projection_inputs import MASKS, PER_REQUEST, draw, draw_weights
+from projection_inputs import MASKS, PER_REQUEST, draw, draw_weights, with_every_mask
 
 import sparse_heads as sh
 from sparse_heads.testing import items_run
@@ -15,13 +15,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 HEADS, HEAD_DIM, WIDTH = 6, 8, 50
 BATCH = PER_REQUEST.shape[0]
-BACKENDS_AND_MASKS = [
-    pytest.param(backend, mask, id=f"{backend}-{name}")
-    for backend in ("reference", "cpu")
-    for name, mask in {**MASKS, "per request": PER_REQUEST}.items()
-    if mask.dim() == 1 or backend != "cpu"
-]
-with_every_mask = pytest.mark.parametrize(("backend", "head_mask"), BACKENDS_AND_MASKS)
 on_both_backends = pytest.mark.parametrize("backend", ["reference", "cpu"])
 
 
