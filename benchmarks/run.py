@@ -58,8 +58,13 @@ def to_json(result: dict[str, object]) -> str:
     return "{\n" + ",\n".join(lines) + ',\n"cases": [\n' + cases + "\n]\n}\n"
 
 
-def run_suite(suite: str, rounds: int, threads: int, quick: bool) -> dict[str, object]:
-    """Measure every case of a suite; `quick` keeps the short shapes and gives numbers for nothing but a smoke test."""
+def run_suite(
+    suite: str, rounds: int, threads: int, quick: bool, path: Path, resume: bool = False
+) -> dict[str, object]:
+    """Measure every case of a suite; `quick` keeps the short shapes and gives numbers for nothing but a smoke test.
+
+    The file at `path` is whole after every case; with `resume`, the cases that it holds already are not run again.
+    """
     torch.set_num_threads(threads)
     cases = [case for case in SUITES[suite] if not quick or case.batch * case.tokens <= 128]
     started = perf_counter()
@@ -72,13 +77,32 @@ def run_suite(suite: str, rounds: int, threads: int, quick: bool) -> dict[str, o
         "unit": "microseconds per call",
         **passport(),
     }
+    measured, before = earlier_cases(path, result) if resume else ([], 0)
+    done = {case["name"] for case in measured}
+    path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), tqdm(cases, unit="case") as progress:
-        measured = []
         for seed, case in enumerate(progress):
             progress.set_description(case.name)
-            measured.append(measure(case, rounds, 0.001 if quick else 0.004, seed))
-    result["import"] = import_times(3 if quick else 15)
-    return {**result, "seconds": round(perf_counter() - started), "cases": measured}
+            if case.name in done:
+                continue
+            commit = result["commit"] + ("-dirty" if result["dirty"] else "")
+            measured.append({**measure(case, rounds, 0.001 if quick else 0.004, seed), "commit": commit})
+            result |= {"seconds": before + round(perf_counter() - started), "cases": measured}
+            write_whole({path: to_json(result).encode()})
+    result |= {"import": import_times(3 if quick else 15), "cases": measured}
+    write_whole({path: to_json(result).encode()})
+    return result
+
+
+def earlier_cases(path: Path, result: dict[str, object]) -> tuple[list[dict], int]:
+    """The cases of an interrupted run and its seconds; refuses a file that another set-up wrote."""
+    if not path.exists():
+        return [], 0
+    earlier = json.loads(path.read_text())
+    for key in ("schema_version", "suite", "quick", "rounds", "threads", "machine", "versions"):
+        if earlier[key] != result[key]:
+            raise typer.BadParameter(f"--resume: {path} has {key} {earlier[key]}, this run has {result[key]}")
+    return earlier["cases"], earlier["seconds"]
 
 
 def main(
@@ -88,14 +112,13 @@ def main(
     rounds: Annotated[int, typer.Option(help="rounds; 30 or more for figures")] = 30,
     threads: Annotated[int, typer.Option(help="torch threads")] = 2,
     quick: Annotated[bool, typer.Option("--quick", help="short shapes and 5 rounds: does it run at all?")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="keep the cases of an interrupted run")] = False,
 ) -> None:
     """Time the attached model against its baselines; exits with 1 when a candidate's output was wrong."""
     if suite not in SUITES:
         raise typer.BadParameter(f"--suite: wanted one of {sorted(SUITES)}, got {suite!r}")
-    result = run_suite(suite, 5 if quick else rounds, threads, quick)
     path = out / f"{name or (f'{suite}-quick' if quick else suite)}.json"
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole({path: to_json(result).encode()})
+    result = run_suite(suite, 5 if quick else rounds, threads, quick, path, resume)
     print(report.write(path))
     wrong = {case["name"]: case["wrong"] for case in result["cases"] if case["wrong"]}
     if wrong:

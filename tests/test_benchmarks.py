@@ -118,6 +118,31 @@ def test_a_wrong_candidate_is_not_timed_and_the_run_fails(monkeypatch, tmp_path,
     assert "Wrong outputs" in (tmp_path / "block-quick.md").read_text()
 
 
+def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, tmp_path):
+    cases = (BLOCK, replace(BLOCK, kept=(KEPT_HEADS[12],)))
+    monkeypatch.setattr(run, "import_times", lambda rounds: {"samples": [0.1] * rounds, "loads": []})
+    ran = []
+
+    def measure(case: Case, *_: object) -> dict:
+        if len(ran) == 1:
+            ran.append("stopped")
+            raise KeyboardInterrupt
+        ran.append(case.name)
+        return {"name": case.name}
+
+    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setitem(run.SUITES, "block", cases)
+    path, arguments = tmp_path / "block.json", ("block", 5, torch.get_num_threads(), True)
+    with pytest.raises(KeyboardInterrupt):
+        run.run_suite(*arguments, path)
+    assert [case["name"] for case in json.loads(path.read_text())["cases"]] == [cases[0].name]
+    run.run_suite(*arguments, path, resume=True)
+    assert ran == [cases[0].name, "stopped", cases[1].name]
+    assert [case["name"] for case in json.loads(path.read_text())["cases"]] == [case.name for case in cases]
+    with pytest.raises(typer.BadParameter, match="--resume: .* has rounds 5, this run has 6"):
+        run.run_suite("block", 6, *arguments[2:], path, resume=True)
+
+
 def test_unknown_suite_is_named():
     with pytest.raises(typer.BadParameter, match=r"--suite: wanted one of .*'block'.*got 'gpu'"):
         run.main(suite="gpu")
