@@ -14,10 +14,11 @@ from .ops.projection import operators  # noqa: F401  (defines the operator that 
 
 @dataclass
 class ItemsRun:
-    """The (request, head) items that the projection kernels ran on this thread."""
+    """The (request, head) items that the kernels ran on this thread."""
 
     in_projection: int = 0
     out_projection: int = 0
+    attention: int = 0
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def items_run() -> Iterator[ItemsRun]:
     items = ItemsRun()
     torch.ops.sparse_heads.items_run(True)
     yield items
-    items.in_projection, items.out_projection = torch.ops.sparse_heads.items_run(True)
+    items.in_projection, items.out_projection, items.attention = torch.ops.sparse_heads.items_run(True)
 
 
 def random_attention_inputs(

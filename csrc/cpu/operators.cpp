@@ -8,17 +8,13 @@
 #include "checks.h"
 #include "cpu/arguments.h"
 #include "cpu/avx512.h"
+#include "cpu/counters.h"
 #include "cpu/gather.h"
 #include "cpu/kernels.h"
 #include "params.h"
 
 namespace sparse_heads::cpu {
 namespace {
-
-enum Operator { kInProjection, kOutProjection, kOperators };
-
-// (request, head) items that this thread's calls ran, per operator: the proof that skipped heads are skipped.
-thread_local int64_t items_ran[kOperators] = {};
 
 int64_t requests(const Tensor& input) { return input.dim() >= 3 ? input.size(0) : 1; }
 
