@@ -89,9 +89,46 @@ def attention(
     check_head_arguments(query, head_mask, gate, sinks)
     check_score_arguments(query, key.shape[2], attn_mask, is_causal, scale, softcap, window)
     check_backend(backend, softcap, sinks)
+    return attend(
+        query,
+        key,
+        value,
+        head_mask,
+        gate=gate,
+        attn_mask=attn_mask,
+        span=visible_span(is_causal, window),
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        backend=backend,
+    )
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    head_mask: torch.Tensor | None = None,
+    *,
+    kv_heads: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
+    span: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`attention` on checked arguments, which chooses the implementation and runs it.
+
+    kv_heads: int64 [H], the key/value head that each query head reads; None = h // (H / H_kv).
+    span: `visible_span(is_causal, window)`, how many keys before and after its own position a query sees.
+    """
     per_request = head_mask is not None and head_mask.dim() == 2
     needs_reference = per_request or softcap is not None or sinks is not None
-    options = {"gate": gate, "attn_mask": attn_mask, "span": visible_span(is_causal, window), "scale": scale}
+    options = {"gate": gate, "attn_mask": attn_mask, "span": span, "scale": scale}
+    if kv_heads is not None:
+        key, value = key.index_select(1, kv_heads), value.index_select(1, kv_heads)
     with _without_autocast(query.device.type):
         if backend == "reference" or (backend == "auto" and needs_reference):
             return attention_reference(query, key, value, head_mask, softcap=softcap, sinks=sinks, **options)
