@@ -189,14 +189,6 @@ def test_subset_of_another_family_is_refused(tmp_path):
     assert electra.subset is None
 
 
-def test_split_groups_are_refused():
-    handle = sh.attach(build("gqa"))
-    mask = torch.ones(3, 4, dtype=torch.bool)
-    mask[1, 2] = False
-    with pytest.raises(sh.errors.UnsupportedError, match="model.layers.1.self_attn.*splits a group.*round_to_groups"):
-        handle.set_heads(mask)
-
-
 def test_dicts_name_layers_by_row_or_by_name():
     handle = sh.attach(build("bert"))
     handle.set_heads({0: [1, 3], "encoder.layer.2.attention.self": []})

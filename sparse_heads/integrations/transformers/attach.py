@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from ...errors import UnsupportedError, invalid, invalid_type
+from ...errors import invalid, invalid_type
 from ...ops.projection.api import check_backend
 from .discovery import find_layers
-from .handle import Handle
+from .handle import Handle, Options
 
-LAYOUTS = ("auto", "compact")
+LAYOUTS = ("auto", "compact", "wide", "core")
+KV = ("active", "all")
 
 
 def attach(
@@ -27,9 +28,13 @@ def attach(
 
     Args:
         model: a transformers model, or any module that owns attention layers of a known structure.
-        layout: `"compact"` (projections produce only the kept heads), which is what `"auto"` chooses.
-        backend: of the projections: `"auto"`, `"reference"` or `"cpu"`.
-        kv: `"active"`: keys and values are computed for the kept heads only.
+        layout: `"compact"`: projections produce only the kept heads of a shared subset; a subset for every request
+            runs wide all the same. `"wide"`: tensors keep their full width, and shapes never change with the subset.
+            `"core"`: projections stay as they are (also where they are no `torch.nn.Linear`), only attention and cache
+            reads are skipped. `"auto"`: compact.
+        backend: of projections and attention: `"auto"`, `"reference"` or `"cpu"`.
+        kv: `"active"`: keys and values are computed, and stored in a cache, for the heads of a sequence's first subset
+            only, and later ones may use any of these. `"all"`: for all heads, and any subset may follow.
         include, exclude: shell patterns of layer names (`"*.layer.0.*"`) to attach or leave out.
 
     Returns:
@@ -41,7 +46,7 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise invalid_type("model", "a torch.nn.Module", model)
-    options = (layout, backend, kv, _frozen(include), _frozen(exclude))
+    options = Options(layout, backend, kv, _frozen(include), _frozen(exclude))
     existing = get_handle(model)
     if existing is not None:
         if existing.options != options:
@@ -50,16 +55,11 @@ def attach(
             )
         return existing
     if layout not in LAYOUTS:
-        if layout in ("wide", "core"):
-            raise UnsupportedError(f"layout: {layout!r} is not built yet; use one of {LAYOUTS}")
         raise invalid("layout", f"one of {LAYOUTS}", layout)
-    if kv != "active":
-        if kv == "all":
-            raise UnsupportedError("kv: 'all' is not built yet; use 'active'")
-        raise invalid("kv", "'active'", kv)
+    if kv not in KV:
+        raise invalid("kv", f"one of {KV}", kv)
     check_backend(backend)
-    layers, projections = find_layers(model, include, exclude)
-    return Handle(model, layers, projections, backend, options)
+    return Handle(model, *find_layers(model, include, exclude, layout), options)
 
 
 def get_handle(model: nn.Module) -> Handle | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import DetachedError
 from .selection import Selection
@@ -32,12 +32,19 @@ class Override:
 
 @dataclass(eq=False)
 class Call:
-    """One forward of an attached model. `scale`: float `[L, H]` or `[B, L, H]`, multiplies heads' outputs."""
+    """One forward of an attached model.
+
+    scale: float `[L, H]` or `[B, L, H]`, multiplies heads' outputs; rows: of the batch, where a whole model (`part`)
+    runs and not a layer by itself; cache: what it continues.
+    """
 
     handle: Handle
     selection: Selection | None
     scale: Tensor | None = None
     outer: Call | None = None
+    rows: int | None = None
+    part: nn.Module | None = None
+    cache: Any = None
 
 
 _overrides: ContextVar[Override | None] = ContextVar("sparse_heads_overrides", default=None)
@@ -69,19 +76,20 @@ def current_call(handle: Handle) -> Call:
     call = _calls.get()
     if call is None:
         return handle.default_call if _overrides.get() is None else new_call(handle)
-    return call if call.handle is handle else _open_call(handle) or new_call(handle)
+    return call if call.handle is handle else open_call(handle) or new_call(handle)
 
 
 def open_calls(handle: Handle) -> Call:
     """All records that are open in this thread, with one for `handle` among them."""
     call = _calls.get()
-    if _open_call(handle) is None:
+    if open_call(handle) is None:
         call = new_call(handle)
         call.outer = _calls.get()
     return call
 
 
-def _open_call(handle: Handle) -> Call | None:
+def open_call(handle: Handle) -> Call | None:
+    """The innermost record of a forward of this handle's model that is open in this thread."""
     call = _calls.get()
     while call is not None and call.handle is not handle:
         call = call.outer
@@ -94,11 +102,13 @@ def enter_call(call: Call) -> None:
     _calls.set(call)
 
 
-def leave_call(handle: Handle) -> None:
-    """Close the innermost record if it is of `handle`."""
+def leave_call(handle: Handle, part: nn.Module) -> Call | None:
+    """Close the innermost record if it is that of a forward of `part` under `handle`."""
     call = _calls.get()
-    if call is not None and call.handle is handle:
-        _calls.set(call.outer)
+    if call is None or call.handle is not handle or call.part is not part:
+        return None
+    _calls.set(call.outer)
+    return call
 
 
 def run_in_call(call: Call, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -121,6 +131,6 @@ def _check_attached(call: Call | None) -> None:
 
 
 @torch.compiler.disable(reason="sparse_heads looks up which heads run at every call")
-def outside_graph(function: Any, *args: Any) -> Any:
-    """`function(*args)` in eager mode, as a break of the graph that `torch.compile` traces."""
-    return function(*args)
+def outside_graph(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)` in eager mode, as a break of the graph that `torch.compile` traces."""
+    return function(*args, **kwargs)

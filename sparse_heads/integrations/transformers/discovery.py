@@ -18,11 +18,13 @@ _ADVICE = (
     "head_dim) of attribute names to sparse_heads.integrations.transformers.families.FAMILIES"
 )
 _HEAD_COUNTS = {"num_heads", "num_attention_heads", "num_key_value_heads", "n_heads", "all_head_size"}
-Found = tuple[LayerInfo, dict[str, nn.Linear]]
+Found = tuple[LayerInfo, nn.Module, dict[str, nn.Linear]]
 
 
-def find_layers(model: nn.Module, include: object, exclude: object) -> tuple[Layers, list[dict[str, nn.Linear]]]:
-    """Every attention layer in module order, and its query, key, value and output projections.
+def find_layers(
+    model: nn.Module, include: object, exclude: object, layout: str
+) -> tuple[Layers, list[tuple[nn.Module, dict[str, nn.Linear]]]]:
+    """Every attention layer in module order; its module, and its query, key, value and output projections.
 
     `include`, `exclude`: None, or shell patterns (a str or several) that a layer's name must or must not match.
     """
@@ -54,13 +56,18 @@ def find_layers(model: nn.Module, include: object, exclude: object) -> tuple[Lay
                 "output": modules[_path(name, family.output)],
             }
             head_dim = getattr(module, family.head_dim)
-            _check_follows_its_heads(name, module, projections, head_dim)
-            found.append((_describe(name, stack, index, kind, head_dim, projections, config), projections))
+            if layout in ("auto", "compact"):
+                _check_follows_its_heads(name, module, projections, head_dim)
+            if layout != "core":
+                for role, projection in projections.items():
+                    _check_projection(name, role, projection)
+            described = _describe(name, stack, index, kind, head_dim, projections, config)
+            found.append((described, module, projections))
     if not found:
         raise UnknownFamilyError(_unknown(model_type, bool(indices)))
     _check_not_shared(found)
-    layers = Layers((layer for layer, _ in found), model_type, getattr(config, "_name_or_path", None) or None)
-    return layers, [projections for _, projections in found]
+    layers = Layers((layer for layer, *_ in found), model_type, getattr(config, "_name_or_path", None) or None)
+    return layers, [(module, projections) for _, module, projections in found]
 
 
 def _fits(module: nn.Module, family: Family) -> bool:
@@ -91,8 +98,6 @@ def _kind(name: str, module: nn.Module) -> str:
 def _describe(
     name: str, stack: str, index: int, kind: str, head_dim: int, projections: dict[str, nn.Linear], config: object
 ) -> LayerInfo:
-    for role, projection in projections.items():
-        _check_projection(name, role, projection)
     query, key, value, output = (projections[role] for role in ("query", "key", "value", "output"))
     num_heads, num_kv_heads = query.out_features // head_dim, key.out_features // head_dim
     expected = getattr(config, "num_attention_heads", num_heads)
@@ -159,7 +164,7 @@ def _serves_every_head(module: nn.Module, path: str, parameter: nn.Parameter, he
 def _check_not_shared(found: list[Found]) -> None:
     """Refuse a projection in two places: it could not tell for which of them it is called."""
     owners: dict[nn.Linear, str] = {}
-    for layer, projections in found:
+    for layer, _, projections in found:
         for role, projection in projections.items():
             if projection in owners:
                 raise UnsupportedError(

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import types
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from ...errors import DetachedError, SparseHeadsWarning, UnsupportedError, invalid, invalid_type
+from ...errors import DetachedError, invalid, invalid_type
 from ...heads import HeadSubset
 from ...layers import Layers
-from . import checkpointing
-from .calls import Call, current_call, enter_call, enter_override, leave_call, leave_override, new_call, outside_graph
+from . import attention, checkpointing, hooks
+from .calls import Call, enter_override, leave_override
 from .projections import InProjection, OutProjection, Site
 from .selection import Selection, select
 
 Subset = HeadSubset | Tensor | Mapping | None
+Found = tuple[nn.Module, dict[str, nn.Linear]]  # the module that owns the projections of a layer, and these by role
 _ATTRIBUTE = "_sparse_heads"
+
+
+class Options(NamedTuple):
+    """What `attach` was told."""
+
+    layout: str
+    backend: str
+    kv: str
+    include: object
+    exclude: object
 
 
 class Handle:
@@ -33,33 +39,27 @@ class Handle:
     A handle follows its model through `deepcopy` and pickling: the copy has a handle of its own.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: Layers, projections: list[dict[str, nn.Linear]], backend: str, options: tuple
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: Layers, found: list[Found], options: Options) -> None:
         self.model = model
         self.layers = layers
-        self.backend = backend
         self.options = options
+        self.backend = options.backend
+        self.core = options.layout == "core"
+        self.every_head = HeadSubset(layers.real_heads(), layers)
         self.default_call = Call(self, None)  # what a layer runs under outside `use_heads` and any forward
-        self.sites = [Site(self, row, layers[row], each) for row, each in enumerate(projections)]
-        self._checkpointed = checkpointing.checkpointed_modules(model)
-        self._parameters = _parameters(model)
-        self._guards = [
-            (part, partial(_guard_call, self, _parameters(part)))
-            for part in model.modules()
-            if isinstance(part, PreTrainedModel) and part is not model
-        ]
+        self.sites = [Site(self, row, layers[row], *each) for row, each in enumerate(found)]
+        self.checkpointed = checkpointing.checkpointed_modules(model)
         self.attached = True
-        for site in self.sites:
-            for role, module in site.projections.items():
-                _become(module, OutProjection if role == "output" else InProjection)
-                module.__dict__[_ATTRIBUTE] = (site, role)
+        if self.core:
+            attention.install(self)
+        else:
+            for site in self.sites:
+                for role, module in site.projections.items():
+                    _become(module, OutProjection if role == "output" else InProjection)
+                    module.__dict__[_ATTRIBUTE] = (site, role)
         model.__dict__[_ATTRIBUTE + "_handle"] = self
-        model.register_forward_pre_hook(_open_call, with_kwargs=True, prepend=True)
-        model.register_forward_hook(_close_call, always_call=True)
-        for part, guard in self._guards:
-            part.register_forward_pre_hook(guard, with_kwargs=True)
-        checkpointing.carry_calls(self, self._checkpointed)
+        self._hooks = hooks.install(self)
+        checkpointing.carry_calls(self, self.checkpointed)
 
     def __repr__(self) -> str:
         state = "detached" if not self.attached else "all heads" if self.subset is None else repr(self.subset)
@@ -75,8 +75,9 @@ class Handle:
         """Choose the heads that run from now on, in every thread that is not inside `use_heads`.
 
         Args:
-            subset: a `HeadSubset`, a bool tensor `[L, H]` (True = the head runs), a dict `{layer index or name: kept
-                heads}` (layers not named keep all), or None for all heads.
+            subset: a `HeadSubset`, a bool tensor `[L, H]` (True = the head runs) or `[B, L, H]` (a row a request), a
+                dict `{layer index or name: kept heads}` (layers not named keep all), or None for all heads. A batch of
+                a multiple of B rows, as beam search makes, gives request r // (rows / B) to row r.
 
         Raises:
             SubsetMismatchError: the subset belongs to another model.
@@ -114,7 +115,7 @@ class Handle:
         self._check_attached()
         subset = self.subset
         if subset is None:
-            subset = HeadSubset(torch.ones(len(self.layers), self.layers.max_heads, dtype=torch.bool), self.layers)
+            subset = self.every_head
         subset.save_pretrained(directory)
 
     def detach(self) -> None:
@@ -124,24 +125,31 @@ class Handle:
         self.attached = False
         for site in self.sites:
             for module in site.projections.values():
-                del module.__dict__[_ATTRIBUTE]
-                _become(module, nn.Linear)
-        for part, guard in self._guards:
-            _remove_hook(part._forward_pre_hooks, guard, part._forward_pre_hooks_with_kwargs)
+                if module.__dict__.pop(_ATTRIBUTE, None) is not None:
+                    _become(module, nn.Linear)
+        attention.remove(self)
+        hooks.remove(self._hooks)
         del self.model.__dict__[_ATTRIBUTE + "_handle"]
-        _remove_hook(self.model._forward_pre_hooks, _open_call, self.model._forward_pre_hooks_with_kwargs)
-        _remove_hook(self.model._forward_hooks, _close_call, self.model._forward_hooks_always_called)
-        checkpointing.restore(self._checkpointed)
+        checkpointing.restore(self.checkpointed)
 
     def _check_attached(self) -> None:
         if not self.attached:
             raise DetachedError("handle: detached; attach the model again")
 
+    def select(self, subset: HeadSubset, stored: Sequence[Tensor] | None = None) -> Selection | None:
+        """What each layer runs; `stored`: the key/value heads that a cache holds, which then are computed."""
+        devices = [site.projections["query"].weight.device for site in self.sites]
+        wide, every_kv = self.options.layout in ("wide", "core"), self.core or self.options.kv == "all"
+        return select(subset, devices, wide=wide, every_kv=every_kv, stored=stored)
+
     def _select(self, subset: Subset) -> Selection | None:
         self._check_attached()
-        checkpointing.carry_calls(self, self._checkpointed)
-        devices = [site.projections["query"].weight.device for site in self.sites]
-        return select(self._as_subset(subset), devices)
+        checkpointing.carry_calls(self, self.checkpointed)
+        subset = self._as_subset(subset)
+        selection = None if subset is None else self.select(subset)
+        if selection is not None and selection.needs_attention:
+            attention.install(self)
+        return selection
 
     def _check_scale(self, scale: Tensor) -> None:
         rows = (len(self.layers), self.layers.max_heads)
@@ -162,7 +170,9 @@ class Handle:
             return HeadSubset.from_kept(subset, self.layers)
         if isinstance(subset, Tensor):
             return HeadSubset(subset, self.layers)
-        raise invalid_type("subset", "a HeadSubset, a bool tensor [L, H], a dict of kept heads or None", subset)
+        raise invalid_type(
+            "subset", "a HeadSubset, a bool tensor [L, H] or [B, L, H], a dict of kept heads or None", subset
+        )
 
 
 class BoundModel:
@@ -196,62 +206,3 @@ def _become(module: nn.Module, kind: type[nn.Linear]) -> None:
         module._old_forward = types.MethodType(kind.forward, module)
     elif "forward" in module.__dict__:
         del module.__dict__["forward"]  # left by accelerate when its hook was removed; the class has the same
-
-
-def _remove_hook(hooks: dict, function: Any, also: dict) -> None:
-    for identity in [identity for identity, hook in hooks.items() if hook is function]:
-        del hooks[identity]
-        also.pop(identity, None)
-
-
-def _open_call(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    if torch.compiler.is_compiling():
-        return outside_graph(_open_call, module, args, kwargs)
-    handle: Handle = module.__dict__[_ATTRIBUTE + "_handle"]
-    call = new_call(handle)
-    enter_call(call)
-    if kwargs.get("head_mask") is not None:
-        warnings.warn(
-            "head_mask: transformers 5 ignores this argument; use handle.set_heads(mask) or handle.use_heads(mask)",
-            SparseHeadsWarning,
-            stacklevel=2,
-        )
-    if torch.is_grad_enabled():
-        checkpointing.carry_calls(handle, handle._checkpointed)
-    return _guard_call(handle, handle._parameters, module, args, kwargs)
-
-
-def _parameters(model: nn.Module) -> list[str]:
-    return list(inspect.signature(model.forward).parameters)
-
-
-def _guard_call(
-    handle: Handle, parameters: list[str], module: nn.Module, args: tuple, kwargs: dict
-) -> tuple[tuple, dict] | None:
-    """Refuse what heads that are off cannot honour yet, and see that nobody makes a cache who was not asked to."""
-    if torch.compiler.is_compiling():
-        return outside_graph(_guard_call, handle, parameters, module, args, kwargs)
-    if current_call(handle).selection is None:
-        return None
-    _refuse(module, {**dict(zip(parameters, args, strict=False)), **kwargs})
-    if "use_cache" in parameters[len(args) :] and kwargs.get("use_cache") is None:
-        return args, {**kwargs, "use_cache": False}
-    return None
-
-
-def _refuse(module: nn.Module, given: dict) -> None:
-    if given.get("past_key_values") is not None or given.get("use_cache"):
-        raise UnsupportedError(
-            "past_key_values: caches under switched-off heads are not built yet; pass use_cache=False"
-        )
-    wanted = given.get("output_attentions")
-    if wanted or (wanted is None and getattr(getattr(module, "config", None), "output_attentions", False)):
-        raise UnsupportedError(
-            "output_attentions: heads that are off have no attention probabilities; use all heads, or pass False"
-        )
-
-
-def _close_call(module: nn.Module, args: tuple, output: Any) -> None:
-    if torch.compiler.is_compiling():
-        return outside_graph(_close_call, module, args, output)
-    leave_call(module.__dict__[_ATTRIBUTE + "_handle"])

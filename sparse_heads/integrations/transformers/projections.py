@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import UnsupportedError, invalid
+from ...errors import UnsupportedError
 from ...layers import LayerInfo
 from ...ops.projection.api import choose
-from .calls import current_call, outside_graph
-from .selection import LayerSelection
+from .calls import Call, current_call, outside_graph
+from .selection import LayerSelection, WideHeads, rows_of_requests
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -73,11 +73,13 @@ def _changes_when_called(module: nn.Linear) -> bool:
 
 @dataclass(eq=False)
 class Site:
-    """One attention layer of an attached model: its projections, and which of them share their input."""
+    """One attention layer of an attached model: the module that calls attention, its projections, and which of them
+    share their input."""
 
     handle: Handle
     row: int
     layer: LayerInfo
+    module: nn.Module
     projections: dict[str, nn.Linear]
     waiting: Waiting = field(default_factory=Waiting)
 
@@ -89,6 +91,15 @@ class Site:
         roles = self.shared[role]
         return (role,) if any(_changes_when_called(self.projections[each]) for each in roles[1:]) else roles
 
+    def check_rows(self, call: Call, x: Tensor) -> None:
+        """Raise unless the rows of `x` are those of the batch, which a subset for every request counts."""
+        if x.dim() != 3 or x.shape[0] != (x.shape[0] if call.rows is None else call.rows):
+            rows = "as many as the batch" if call.rows is None else str(call.rows)
+            raise UnsupportedError(
+                f"subset: layer {self.layer.name} cannot run a subset for every request: wanted inputs [B, T, E] with "
+                f"B = {rows}, a row a request, got {list(x.shape)} (windows or packed sequences in the batch axis?)"
+            )
+
 
 class InProjection(nn.Linear):
     """A query, key or value projection that computes the kept heads only."""
@@ -99,28 +110,24 @@ class InProjection(nn.Linear):
         if torch.compiler.is_compiling():
             return outside_graph(InProjection.forward, self, input)
         site, role = self._sparse_heads
-        selection = current_call(site.handle).selection
-        row = None if selection is None else selection.rows[site.row]
+        call = current_call(site.handle)
+        row = None if call.selection is None else call.selection.rows[site.row]
         if row is None:
             return F.linear(input, self.weight, self.bias)
         output = site.waiting.take(input, row, role)
         if output is not None:
             return output
+        if row.per_request:
+            site.check_rows(call, input)
         roles = site.sharing(role)
         modules = [site.projections[each] for each in roles]
-        outputs = choose(site.handle.backend, input).in_projection(
+        outputs = row.project_in(
+            choose(site.handle.backend, input),
             input,
+            roles,
             [_parameter(module, "weight") for module in modules],
             [_parameter(module, "bias") for module in modules],
-            [row.heads if each == "query" else row.kv_heads for each in roles],
-            site.layer.head_dim,
         )
-        if row.is_empty:
-            # The model's own reshape cannot infer a head count of 0: one zero group stands in, and is ignored later.
-            counts = [site.layer.group_size if each == "query" else 1 for each in roles]
-            outputs = [
-                F.pad(output, (0, count * site.layer.head_dim)) for output, count in zip(outputs, counts, strict=True)
-            ]
         if len(roles) > 1:
             site.waiting.put(input, row, dict(zip(roles[1:], outputs[1:], strict=True)))
         return outputs[0]
@@ -137,28 +144,33 @@ class OutProjection(nn.Linear):
         site, _ = self._sparse_heads
         call = current_call(site.handle)
         row = None if call.selection is None else call.selection.rows[site.row]
+        scale = None if call.scale is None else call.scale[..., site.row, : site.layer.num_heads]
         if row is None:
-            input = input if call.scale is None else _scaled(input, call.scale[..., site.row, : site.layer.num_heads])
-            return F.linear(input, self.weight, self.bias)
-        kept, head_dim = row.heads.shape[0], site.layer.v_head_dim
-        if input.shape[-1] != (kept or site.layer.group_size) * head_dim:
+            return F.linear(input if scale is None else _scaled(input, scale), self.weight, self.bias)
+        heads, head_dim = row.query, site.layer.v_head_dim
+        wide = isinstance(heads, WideHeads)
+        count = site.layer.num_heads if wide else heads.kept.shape[0]
+        if input.shape[-1] != (count or site.layer.group_size) * head_dim:
             raise UnsupportedError(
-                f"layer {site.layer.name}: its attention gave {input.shape[-1]} values a token for {kept} kept heads "
-                f"of {head_dim}; its forward does not follow the number of heads and needs a family entry of its own"
+                f"layer {site.layer.name}: its attention gave {input.shape[-1]} values a token for {count} heads of "
+                f"{head_dim}; its forward does not follow the number of heads and needs a family entry of its own"
             )
-        if row.is_empty:
+        implementation = choose(site.handle.backend, input)
+        if wide:
+            if row.per_request:
+                site.check_rows(call, input)
+            input = input if scale is None else _scaled(input, scale)
+            mask = heads.for_rows(input.shape[0])
+            return implementation.out_projection_per_request(input, self.weight, self.bias, mask, head_dim)
+        if heads.is_empty:
             input = input[..., :0]
-        elif call.scale is not None:
-            input = _scaled(input, call.scale[..., site.row, row.heads])
-        return choose(site.handle.backend, input).out_projection(input, self.weight, self.bias, row.heads, head_dim)
+        elif scale is not None:
+            input = _scaled(input, scale[..., heads.kept])
+        return implementation.out_projection(input, self.weight, self.bias, heads.kept, head_dim)
 
 
 def _scaled(heads: Tensor, scale: Tensor) -> Tensor:
     """`heads [B, T, H*D]` times `scale [H]` or `[B, H]`."""
     if scale.dim() == 2:
-        if scale.shape[0] != heads.shape[0]:
-            raise invalid(
-                "scale", f"[B, L, H] with B = {heads.shape[0]}, the rows of the batch", f"B = {scale.shape[0]}"
-            )
-        scale = scale.unsqueeze(1)
+        scale = rows_of_requests("scale", scale, heads.shape[0]).unsqueeze(1)
     return (heads.unflatten(-1, (scale.shape[-1], -1)) * scale.to(heads.dtype).unsqueeze(-1)).flatten(-2)

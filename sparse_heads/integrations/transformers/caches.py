@@ -1,0 +1,169 @@
+"""Key/value caches that know which heads they hold: the record travels with the cache, and continuing is checked.
+
+A cache without a record holds every head: it was filled by a model that ran them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import StaticLayer
+
+from ...errors import SubsetMismatchError, UnsupportedError, invalid
+from ...heads import HeadSubset
+from ...layers import Layers
+from .selection import Selection, needed_groups, rows_of_requests
+
+_ATTRIBUTE = "_sparse_heads_stored"
+
+
+@dataclass(eq=False)
+class Stored:
+    """Of each layer, the key/value heads in a cache: bool `[H_kv]` (others take no room) or `[rows, H_kv]`."""
+
+    layers: Layers
+    masks: tuple[Tensor, ...]
+    # What the cache was last continued under, and what that runs.
+    last: tuple[HeadSubset, int | None] | None = None
+    selection: Selection | None = None
+
+    def take_rows(self, indices: Tensor) -> None:
+        """Follow the cache to other rows of the batch."""
+        indices = torch.as_tensor(indices).cpu()
+        self.masks = tuple(mask[indices] if mask.dim() == 2 and len(mask) > 1 else mask for mask in self.masks)
+        self.last = None
+
+    def repeat_rows(self, repeats: int) -> None:
+        """Follow the cache where every row becomes `repeats` rows."""
+        self.masks = tuple(
+            mask.repeat_interleave(repeats, 0) if mask.dim() == 2 and len(mask) > 1 else mask for mask in self.masks
+        )
+        self.last = None
+
+
+class _Travelling:
+    """A cache whose record, with a row a request, follows the rows."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.__dict__[_ATTRIBUTE].take_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.__dict__[_ATTRIBUTE].take_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.__dict__[_ATTRIBUTE].repeat_rows(repeats)
+
+
+class TravellingDynamicCache(_Travelling, DynamicCache):
+    """A `DynamicCache` filled under a subset for every request."""
+
+
+class TravellingStaticCache(_Travelling, StaticCache):
+    """A `StaticCache` filled under a subset for every request."""
+
+
+class TravellingEncoderDecoderCache(_Travelling, EncoderDecoderCache):
+    """An `EncoderDecoderCache` filled under a subset for every request."""
+
+
+_TRAVELLING = {
+    DynamicCache: TravellingDynamicCache,
+    StaticCache: TravellingStaticCache,
+    EncoderDecoderCache: TravellingEncoderDecoderCache,
+}
+
+
+def stored_in(cache: Cache) -> Stored | None:
+    """The record of a cache; None where it holds every head, or nothing yet."""
+    stored = cache.__dict__.get(_ATTRIBUTE)
+    if stored is not None and int(cache.get_seq_length()) == 0:
+        del cache.__dict__[_ATTRIBUTE]
+        cache.__class__ = next((plain for plain, kind in _TRAVELLING.items() if type(cache) is kind), type(cache))
+        return None
+    return stored
+
+
+def record(cache: Cache, selection: Selection, rows: int | None) -> Stored:
+    """Write down what a forward under `selection` stores in a cache that was empty."""
+    masks = tuple(
+        rows_of_requests("subset", mask, rows).cpu() if mask.dim() == 2 and len(mask) > 1 and rows else mask.cpu()
+        for mask in selection.stored
+    )
+    if any(mask.dim() == 2 and len(mask) > 1 for mask in masks) and not isinstance(cache, _Travelling):
+        if type(cache) not in _TRAVELLING:
+            known = ", ".join(each.__name__ for each in _TRAVELLING)
+            got = type(cache).__name__
+            raise UnsupportedError(
+                f"past_key_values: wanted one of {known} under a subset for every request, got {got}"
+            )
+        cache.__class__ = _TRAVELLING[type(cache)]
+    cache.__dict__[_ATTRIBUTE] = stored = Stored(selection.subset.layers, masks, (selection.subset, rows), selection)
+    return stored
+
+
+def record_all(cache: Cache, layers: Layers) -> Stored:
+    """Write down that a cache holds every head, as one does that was filled without a record."""
+    cache.__dict__[_ATTRIBUTE] = stored = Stored(layers, every_head(layers))
+    return stored
+
+
+def every_head(layers: Layers) -> tuple[Tensor, ...]:
+    """The masks of a cache that holds every key/value head."""
+    return tuple(torch.ones(layer.num_kv_heads, dtype=torch.bool) for layer in layers)
+
+
+def check_continues(stored: Stored, subset: HeadSubset, rows: int | None) -> None:
+    """Raise unless the cache holds every key/value head that `subset` reads."""
+    if stored.layers.difference(subset.layers) is not None:
+        raise SubsetMismatchError(
+            f"past_key_values: filled by another model: {stored.layers.difference(subset.layers)}"
+        )
+    masks = subset.mask
+    for row, layer in enumerate(subset.layers):
+        needed, held = needed_groups(masks[..., row, : layer.num_heads], layer), stored.masks[row]
+        if needed.dim() == 2 and rows is not None:
+            needed = rows_of_requests("subset", needed, rows)
+        if held.dim() == 2 and len(held) > 1 and len(held) != rows and rows is not None:
+            raise invalid("past_key_values", f"a cache of {rows} rows, as the input has", f"one of {len(held)}")
+        missing = needed & ~held
+        if missing.any():
+            heads = missing.reshape(-1, layer.num_kv_heads).any(0).nonzero()[:, 0].tolist()
+            raise SubsetMismatchError(
+                f"past_key_values: this cache lacks key/value heads {heads} of layer {layer.name}, which the subset "
+                "reads: it was filled under other heads, and only those can be continued (attach with kv='all' to "
+                "store all)"
+            )
+
+
+def check_room(cache: Cache, layers: Layers, masks: Sequence[Tensor], tokens: int) -> None:
+    """Raise where a static cache is too short for `tokens` more; drop an empty one's memory that is for other heads."""
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    for layer, mask in zip(layers, masks, strict=True):
+        part = own.layers[layer.index] if layer.kind == "self" and layer.index < len(own.layers) else None
+        if not isinstance(part, StaticLayer):
+            continue
+        length = int(part.get_seq_length())
+        if not part.is_sliding and length + tokens > part.max_cache_len:
+            wanted = f"a static cache of at least {length + tokens} positions"
+            raise invalid("past_key_values", wanted, f"one of {part.max_cache_len}")
+        heads = mask.shape[-1] if mask.dim() == 2 else max(1, int(mask.sum()))
+        if length == 0 and part.is_initialized and part.keys.shape[1] != heads:
+            part.is_initialized = False
+
+
+def cache_in(output: Any) -> Cache | None:
+    """The cache that a forward returned, if any."""
+    if isinstance(output, Mapping):
+        found = output.get("past_key_values")
+        return found if isinstance(found, Cache) else None
+    if isinstance(output, tuple):
+        return next((each for each in output if isinstance(each, Cache)), None)
+    return None

@@ -1,0 +1,140 @@
+"""Hooks of an attached model and of the models inside it: a forward from outside opens a record, and closes it."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from ...errors import SparseHeadsWarning, UnsupportedError
+from . import attention, caches, checkpointing
+from .calls import Call, enter_call, leave_call, new_call, open_call, outside_graph
+from .selection import Selection
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+Hook = tuple[nn.Module, Callable, Callable]  # a part of the model, with what runs before and after its forward
+
+
+def install(handle: Handle) -> list[Hook]:
+    """Hook the root and every transformers model in it."""
+    hooks: list[Hook] = []
+    for part in handle.model.modules():
+        if part is handle.model or isinstance(part, PreTrainedModel):
+            parameters = list(inspect.signature(part.forward).parameters)
+            hooks.append((part, partial(_open, handle, parameters), partial(_close, handle)))
+            part.register_forward_pre_hook(hooks[-1][1], with_kwargs=True, prepend=True)
+            part.register_forward_hook(hooks[-1][2], always_call=True)
+    return hooks
+
+
+def remove(hooks: list[Hook]) -> None:
+    """Undo `install`."""
+    for part, before, after in hooks:
+        _remove(part._forward_pre_hooks, before, part._forward_pre_hooks_with_kwargs)
+        _remove(part._forward_hooks, after, part._forward_hooks_always_called)
+
+
+def _remove(registered: dict, function: Callable, also: dict) -> None:
+    for identity in [identity for identity, hook in registered.items() if hook is function]:
+        del registered[identity]
+        also.pop(identity, None)
+
+
+def _open(handle: Handle, parameters: list[str], module: nn.Module, args: tuple, kwargs: dict) -> None:
+    if torch.compiler.is_compiling():
+        return outside_graph(_open, handle, parameters, module, args, kwargs)
+    given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    outer = open_call(handle)
+    if outer is not None:
+        if outer.cache is None and given.get("past_key_values") is not None:
+            _resolve(outer, module, given)
+        return None
+    call = new_call(handle)
+    call.part = module
+    # Open from here on: the post-hook closes it whatever is raised below.
+    enter_call(call)
+    if given.get("head_mask") is not None:
+        warnings.warn(
+            "head_mask: transformers 5 ignores this argument; use handle.set_heads(mask) or handle.use_heads(mask)",
+            SparseHeadsWarning,
+            stacklevel=2,
+        )
+    if torch.is_grad_enabled():
+        checkpointing.carry_calls(handle, handle.checkpointed)
+    _resolve(call, module, given)
+    if call.selection is not None:
+        _refuse_probabilities(module, given)
+    return None
+
+
+def _resolve(call: Call, module: nn.Module, given: dict) -> None:
+    """Fit the selection to the cache that this forward continues, and write down what an empty one will hold."""
+    cache, handle = given.get("past_key_values"), call.handle
+    if call.selection is None and cache is None:
+        return
+    main = _main_input(module, given)
+    call.rows = None if main is None else main.shape[0]
+    if cache is not None:
+        call.cache = cache
+        call.selection = _continue(call, cache, 0 if main is None else main.shape[1])
+    if call.selection is not None and call.selection.needs_attention:
+        attention.install(handle)
+
+
+def _continue(call: Call, cache: Any, positions: int) -> Selection | None:
+    """What a forward of `positions` more runs."""
+    layers, selection = call.handle.layers, call.selection
+    if not isinstance(cache, Cache):
+        if selection is None:
+            return None
+        raise UnsupportedError(f"past_key_values: wanted a transformers Cache, got {type(cache).__name__}")
+    stored = caches.stored_in(cache)
+    if stored is None and selection is not None:
+        empty = int(cache.get_seq_length()) == 0
+        stored = caches.record(cache, selection, call.rows) if empty else caches.record_all(cache, layers)
+    if stored is None:
+        caches.check_room(cache, layers, caches.every_head(layers), positions)
+        return None
+    subset = call.handle.every_head if selection is None else selection.subset
+    if stored.last is None or stored.last[0] is not subset or stored.last[1] != call.rows:
+        caches.check_continues(stored, subset, call.rows)
+        stored.selection = call.handle.select(subset, stored.masks)
+        stored.last = (subset, call.rows)
+    caches.check_room(cache, layers, stored.masks, positions)
+    return stored.selection
+
+
+def _main_input(module: nn.Module, given: dict) -> Tensor | None:
+    """What has the rows of the batch and the new positions: the main input, or else the first tensor `[B, T, ...]`."""
+    main = given.get(getattr(module, "main_input_name", None))
+    for value in (main, given.get("inputs_embeds"), *given.values()):
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return value
+    return None
+
+
+def _refuse_probabilities(module: nn.Module, given: dict) -> None:
+    wanted = given.get("output_attentions")
+    if wanted or (wanted is None and getattr(getattr(module, "config", None), "output_attentions", False)):
+        raise UnsupportedError(
+            "output_attentions: heads that are off have no attention probabilities; use all heads, or pass False"
+        )
+
+
+def _close(handle: Handle, module: nn.Module, args: tuple, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return outside_graph(_close, handle, module, args, output)
+    call = leave_call(handle, module) or open_call(handle)
+    if call is not None and call.selection is not None:
+        cache = caches.cache_in(output)
+        if cache is not None and caches.stored_in(cache) is None:
+            caches.record(cache, call.selection, call.rows)
+    return None
