@@ -51,15 +51,15 @@ class _Travelling:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.__dict__[_ATTRIBUTE].take_rows(beam_idx)
+        stored_in(self).take_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self.__dict__[_ATTRIBUTE].take_rows(indices)
+        stored_in(self).take_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self.__dict__[_ATTRIBUTE].repeat_rows(repeats)
+        stored_in(self).repeat_rows(repeats)
 
 
 class TravellingDynamicCache(_Travelling, DynamicCache):
@@ -83,19 +83,20 @@ _TRAVELLING = {
 
 def stored_in(cache: Cache) -> Stored | None:
     """The record of a cache; None where it holds every head, or nothing yet."""
-    stored = cache.__dict__.get(_ATTRIBUTE)
-    if stored is not None and int(cache.get_seq_length()) == 0:
-        del cache.__dict__[_ATTRIBUTE]
-        cache.__class__ = next((plain for plain, kind in _TRAVELLING.items() if type(cache) is kind), type(cache))
-        return None
-    return stored
+    return cache.__dict__.get(_ATTRIBUTE)
 
 
-def record(cache: Cache, selection: Selection, rows: int | None) -> Stored:
-    """Write down what a forward under `selection` stores in a cache that was empty."""
+def is_empty(cache: Cache) -> bool:
+    """Whether nothing is stored. For a static cache on a GPU the answer waits for the device."""
+    return int(cache.get_seq_length()) == 0
+
+
+def record(cache: Cache, subset: HeadSubset, selection: Selection | None, rows: int | None) -> Stored:
+    """Write down what the first forward stores: `selection` is what it runs, None where that is every head."""
+    held = every_head(subset.layers) if selection is None else selection.stored
     masks = tuple(
         rows_of_requests("subset", mask, rows).cpu() if mask.dim() == 2 and len(mask) > 1 and rows else mask.cpu()
-        for mask in selection.stored
+        for mask in held
     )
     if any(mask.dim() == 2 and len(mask) > 1 for mask in masks) and not isinstance(cache, _Travelling):
         if type(cache) not in _TRAVELLING:
@@ -105,7 +106,7 @@ def record(cache: Cache, selection: Selection, rows: int | None) -> Stored:
                 f"past_key_values: wanted one of {known} under a subset for every request, got {got}"
             )
         cache.__class__ = _TRAVELLING[type(cache)]
-    cache.__dict__[_ATTRIBUTE] = stored = Stored(selection.subset.layers, masks, (selection.subset, rows), selection)
+    cache.__dict__[_ATTRIBUTE] = stored = Stored(subset.layers, masks, (subset, rows), selection)
     return stored
 
 
@@ -143,20 +144,26 @@ def check_continues(stored: Stored, subset: HeadSubset, rows: int | None) -> Non
             )
 
 
-def check_room(cache: Cache, layers: Layers, masks: Sequence[Tensor], tokens: int) -> None:
-    """Raise where a static cache is too short for `tokens` more; drop an empty one's memory that is for other heads."""
+def check_room(cache: Cache, layers: Layers, masks: Sequence[Tensor], positions: int) -> None:
+    """Raise where a static cache is too short for `positions` more; drop an empty one's memory that is for other heads.
+
+    Lengths on a GPU are not looked at.
+    """
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     for layer, mask in zip(layers, masks, strict=True):
         part = own.layers[layer.index] if layer.kind == "self" and layer.index < len(own.layers) else None
         if not isinstance(part, StaticLayer):
             continue
-        length = int(part.get_seq_length())
-        if not part.is_sliding and length + tokens > part.max_cache_len:
-            wanted = f"a static cache of at least {length + tokens} positions"
-            raise invalid("past_key_values", wanted, f"one of {part.max_cache_len}")
         heads = mask.shape[-1] if mask.dim() == 2 else max(1, int(mask.sum()))
-        if length == 0 and part.is_initialized and part.keys.shape[1] != heads:
+        if part.is_initialized and part.keys.shape[1] != heads and int(part.get_seq_length()) == 0:
             part.is_initialized = False
+        if part.is_sliding or (part.is_initialized and part.keys.device.type != "cpu"):
+            continue
+        length = int(part.get_seq_length()) + positions
+        if length > part.max_cache_len:
+            raise invalid(
+                "past_key_values", f"a static cache of at least {length} positions", f"one of {part.max_cache_len}"
+            )
 
 
 def cache_in(output: Any) -> Cache | None:

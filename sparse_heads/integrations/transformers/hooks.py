@@ -97,17 +97,17 @@ def _continue(call: Call, cache: Any, positions: int) -> Selection | None:
             return None
         raise UnsupportedError(f"past_key_values: wanted a transformers Cache, got {type(cache).__name__}")
     stored = caches.stored_in(cache)
-    if stored is None and selection is not None:
-        empty = int(cache.get_seq_length()) == 0
-        stored = caches.record(cache, selection, call.rows) if empty else caches.record_all(cache, layers)
-    if stored is None:
-        caches.check_room(cache, layers, caches.every_head(layers), positions)
+    if stored is None and selection is None:
         return None
     subset = call.handle.every_head if selection is None else selection.subset
-    if stored.last is None or stored.last[0] is not subset or stored.last[1] != call.rows:
-        caches.check_continues(stored, subset, call.rows)
-        stored.selection = call.handle.select(subset, stored.masks)
-        stored.last = (subset, call.rows)
+    if stored is None or stored.last is None or stored.last[0] is not subset or stored.last[1] != call.rows:
+        if caches.is_empty(cache):
+            stored = caches.record(cache, subset, selection, call.rows)
+        else:
+            stored = stored or caches.record_all(cache, layers)
+            caches.check_continues(stored, subset, call.rows)
+            stored.selection = call.handle.select(subset, stored.masks)
+            stored.last = (subset, call.rows)
     caches.check_room(cache, layers, stored.masks, positions)
     return stored.selection
 
@@ -136,5 +136,5 @@ def _close(handle: Handle, module: nn.Module, args: tuple, output: Any) -> None:
     if call is not None and call.selection is not None:
         cache = caches.cache_in(output)
         if cache is not None and caches.stored_in(cache) is None:
-            caches.record(cache, call.selection, call.rows)
+            caches.record(cache, call.selection.subset, call.selection, call.rows)
     return None

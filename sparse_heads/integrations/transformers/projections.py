@@ -91,13 +91,13 @@ class Site:
         roles = self.shared[role]
         return (role,) if any(_changes_when_called(self.projections[each]) for each in roles[1:]) else roles
 
-    def check_rows(self, call: Call, x: Tensor) -> None:
+    def check_rows(self, call: Call, row: LayerSelection, x: Tensor) -> None:
         """Raise unless the rows of `x` are those of the batch, which a subset for every request counts."""
-        if x.dim() != 3 or x.shape[0] != (x.shape[0] if call.rows is None else call.rows):
+        if x.dim() != 3 or (row.per_request and call.rows is not None and x.shape[0] != call.rows):
             rows = "as many as the batch" if call.rows is None else str(call.rows)
             raise UnsupportedError(
-                f"subset: layer {self.layer.name} cannot run a subset for every request: wanted inputs [B, T, E] with "
-                f"B = {rows}, a row a request, got {list(x.shape)} (windows or packed sequences in the batch axis?)"
+                f"subset: layer {self.layer.name} cannot run wide (a subset for every request): wanted inputs "
+                f"[B, T, E], B = {rows}, a row a request, got {list(x.shape)} (windows or packed sequences in B?)"
             )
 
 
@@ -117,14 +117,13 @@ class InProjection(nn.Linear):
         output = site.waiting.take(input, row, role)
         if output is not None:
             return output
-        if row.per_request:
-            site.check_rows(call, input)
+        if row.is_wide:
+            site.check_rows(call, row, input)
         roles = site.sharing(role)
         modules = [site.projections[each] for each in roles]
-        outputs = row.project_in(
+        outputs = row.in_pass(roles).run(
             choose(site.handle.backend, input),
             input,
-            roles,
             [_parameter(module, "weight") for module in modules],
             [_parameter(module, "bias") for module in modules],
         )
@@ -157,8 +156,7 @@ class OutProjection(nn.Linear):
             )
         implementation = choose(site.handle.backend, input)
         if wide:
-            if row.per_request:
-                site.check_rows(call, input)
+            site.check_rows(call, row, input)
             input = input if scale is None else _scaled(input, scale)
             mask = heads.for_rows(input.shape[0])
             return implementation.out_projection_per_request(input, self.weight, self.bias, mask, head_dim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import ModuleType
 
 import torch
@@ -36,7 +37,7 @@ class CompactHeads:
     kept: Tensor
     mask: Tensor
 
-    @property
+    @cached_property
     def is_empty(self) -> bool:
         return self.kept.shape[0] == 0
 
@@ -74,44 +75,64 @@ class LayerSelection:
     query: Heads
     kv: Heads
     kv_of_head: Tensor | None
+    _passes: dict[tuple[str, ...], InPass] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
+    def is_wide(self) -> bool:
+        """Whether any projection keeps its full width."""
+        return isinstance(self.query, WideHeads) or isinstance(self.kv, WideHeads)
+
+    @cached_property
     def per_request(self) -> bool:
+        """Whether rows of a batch run different heads."""
         return any(isinstance(heads, WideHeads) and len(heads.mask) > 1 for heads in (self.query, self.kv))
 
-    @property
+    @cached_property
     def needs_attention(self) -> bool:
         """Whether the model's own attention function would not do."""
         return self.kv_of_head is not None or isinstance(self.query, WideHeads)
 
-    def project_in(
-        self, implementation: ModuleType, x: Tensor, roles: Sequence[str], weights: Weights, biases: Biases
-    ) -> list[Tensor]:
-        """The projections of `x` that `roles` name; where no head is left, one group of zeros stands in.
+    def in_pass(self, roles: tuple[str, ...]) -> InPass:
+        """The projections that `roles` name, which read one input."""
+        found = self._passes.get(roles)
+        if found is None:
+            found = self._passes[roles] = InPass(self, roles)
+        return found
 
-        The model's own reshape cannot infer a head count of 0, and its cache would count no positions.
-        """
-        heads = [self.query if role == "query" else self.kv for role in roles]
-        outputs = _project_in(implementation, x, weights, biases, heads, self.layer.head_dim)
-        for i, (role, each) in enumerate(zip(roles, heads, strict=True)):
-            if each.is_empty:
-                outputs[i] = F.pad(
-                    outputs[i], (0, self.layer.head_dim * (self.layer.group_size if role == "query" else 1))
-                )
+
+class InPass:
+    """Projections of one input: what to call and what to hand it, prepared once."""
+
+    def __init__(self, row: LayerSelection, roles: tuple[str, ...]) -> None:
+        self.head_dim = row.layer.head_dim
+        heads = [row.query if role == "query" else row.kv for role in roles]
+        self.wide = heads if all(isinstance(each, WideHeads) for each in heads) else None
+        self.kept = [each.kept for each in heads] if all(isinstance(each, CompactHeads) for each in heads) else None
+        self.parts = None
+        if self.wide is None and self.kept is None:
+            self.parts = [InPass(row, roles[:1]), InPass(row, roles[1:])]
+        # The model's own reshape cannot infer a head count of 0, and its cache would count no positions: one group of
+        # zeros stands in, which is ignored later.
+        self.stand_ins = [
+            (i, self.head_dim * (row.layer.group_size if role == "query" else 1))
+            for i, (role, each) in enumerate(zip(roles, heads, strict=True))
+            if each.is_empty and self.parts is None
+        ]
+
+    def run(self, implementation: ModuleType, x: Tensor, weights: Weights, biases: Biases) -> list[Tensor]:
+        """`x [B, T, E]` to `[B, T, kept*D]`, or `[B, T, H*D]` with zeros where heads are wide, a weight."""
+        if self.kept is not None:
+            outputs = implementation.in_projection(x, weights, biases, self.kept, self.head_dim)
+        elif self.wide is not None:
+            masks = [heads.for_rows(x.shape[0]) for heads in self.wide]
+            outputs = implementation.in_projection_per_request(x, weights, biases, masks, self.head_dim)
+        else:
+            query, kv = self.parts
+            outputs = query.run(implementation, x, weights[:1], biases[:1])
+            outputs += kv.run(implementation, x, weights[1:], biases[1:])
+        for i, width in self.stand_ins:
+            outputs[i] = F.pad(outputs[i], (0, width))
         return outputs
-
-
-def _project_in(
-    implementation: ModuleType, x: Tensor, weights: Weights, biases: Biases, heads: Sequence[Heads], head_dim: int
-) -> list[Tensor]:
-    """One operator call where all `heads` are of a kind; the queries by themselves where they are not."""
-    if all(isinstance(each, CompactHeads) for each in heads):
-        return implementation.in_projection(x, weights, biases, [each.kept for each in heads], head_dim)
-    if all(isinstance(each, WideHeads) for each in heads):
-        masks = [each.for_rows(x.shape[0]) for each in heads]
-        return implementation.in_projection_per_request(x, weights, biases, masks, head_dim)
-    queries = _project_in(implementation, x, weights[:1], biases[:1], heads[:1], head_dim)
-    return queries + _project_in(implementation, x, weights[1:], biases[1:], heads[1:], head_dim)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +142,9 @@ class Selection:
     subset: HeadSubset
     rows: tuple[LayerSelection | None, ...]
 
-    @property
+    @cached_property
     def needs_attention(self) -> bool:
+        """Whether some layer's own attention function would not do."""
         return any(row is not None and row.needs_attention for row in self.rows)
 
     @property
