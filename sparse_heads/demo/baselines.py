@@ -27,8 +27,8 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 def projection_paths(model: nn.Module) -> list[dict[str, str]]:
     """Paths of the query, key, value and output projections of every attention layer of a plain model."""
     names = {id(module): name for name, module in model.named_modules()}
-    _, projections = find_layers(model, None, None)
-    return [{role: names[id(module)] for role, module in each.items()} for each in projections]
+    _, found = find_layers(model, None, None, "auto")
+    return [{role: names[id(module)] for role, module in projections.items()} for _, projections in found]
 
 
 def mask_only(model: nn.Module, subset: HeadSubset) -> nn.Module:
