@@ -114,8 +114,8 @@ def _continue(call: Call, cache: Any, positions: int) -> Selection | None:
 
 def _main_input(module: nn.Module, given: dict) -> Tensor | None:
     """What has the rows of the batch and the new positions: the main input, or else the first tensor `[B, T, ...]`."""
-    main = given.get(getattr(module, "main_input_name", None))
-    for value in (main, given.get("inputs_embeds"), *given.values()):
+    first = (given.get(name) for name in ("decoder_input_ids", "inputs_embeds", getattr(module, "main_input_name", "")))
+    for value in (*first, *given.values()):
         if isinstance(value, Tensor) and value.dim() > 1:
             return value
     return None
