@@ -1,6 +1,7 @@
 """What the attached model is compared with, beside the demo's mask-only and repacked models; and the oracle.
 
-A variant takes a plain BERT and a shared subset, and returns a model that shares with it what it does not change.
+A variant takes a plain model and a subset, and returns a model that shares with it what it does not change. Those that
+reach into `encoder.layer` know BERT only.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparse_heads as sh
-from sparse_heads.demo.baselines import mask_only, repack, sharing_copy
+from sparse_heads.demo.baselines import MultiplyInput, mask_only, projection_paths, repack, sharing_copy
 
 Variant = Callable[[nn.Module, sh.HeadSubset], nn.Module]
 
@@ -84,6 +85,27 @@ def slice_each_call(model: nn.Module, subset: sh.HeadSubset) -> nn.Module:
             SlicedLinear(part, 0, index) for part in (layer.query, layer.key, layer.value)
         )
         output.dense = SlicedLinear(output.dense, 1, index)
+    return copied
+
+
+def mask_requests(model: nn.Module, subset: sh.HeadSubset) -> nn.Module:
+    """Every head computed, then those that are off in a request zeroed before the output projection."""
+    copied = sharing_copy(model)
+    masks = subset.mask.unbind(1)
+    for layer, paths, mask in zip(subset.layers, projection_paths(model), masks, strict=True):
+        output = copied.get_submodule(paths["output"])
+        keep = mask.repeat_interleave(layer.v_head_dim, dim=1).unsqueeze(1).to(output.weight)
+        output.register_forward_pre_hook(MultiplyInput(keep))
+    return copied
+
+
+def zeroed_columns(model: nn.Module, subset: sh.HeadSubset) -> nn.Module:
+    """Every head computed, with zeros for the columns of the output projection that read a head that is off."""
+    copied = sharing_copy(model)
+    for layer, paths, mask in zip(subset.layers, projection_paths(model), subset.mask, strict=True):
+        output = copied.get_submodule(paths["output"])
+        keep = mask.repeat_interleave(layer.v_head_dim).to(output.weight)
+        output.weight = nn.Parameter(output.weight * keep, requires_grad=False)
     return copied
 
 

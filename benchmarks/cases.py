@@ -1,13 +1,13 @@
-"""What the CPU suite times, as data."""
+"""The kinds of cases: which input, and which heads run."""
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
+from typing import ClassVar
 
+Heads = tuple[int, ...]
 NUM_HEADS = 12
-HIDDEN_SIZES = (384, 768)
-SHAPES = ((1, 1), (1, 16), (1, 128), (8, 128), (4, 512), (1, 2048))  # (batch, tokens)
-
 # Scattered on purpose: neighbours, gaps and both ends, so that no way of reading the kept rows is favoured.
 KEPT_HEADS = {
     12: tuple(range(12)),
@@ -16,26 +16,42 @@ KEPT_HEADS = {
     3: (1, 6, 10),
     1: (7,),
 }
-# Half of all heads spread unevenly over six layers, as scores leave them.
-UNEVEN_HALF = (9, 6, 3, 9, 6, 3)
-# The batches that the demo times, in word pieces per sentence: its held-out docstring sentences of Python 3.11, sorted
-# by length and cut into batches of 32, at 1/6, 1/2 and 5/6.
-MEDIAN_SENTENCES = (18,) * 14 + (19,) * 12 + (20,) * 6
-SENTENCE_BATCHES = (
-    (12,) * 6 + (13,) * 26,
-    MEDIAN_SENTENCES,
-    (28,) + (29,) * 8 + (30,) * 8 + (31,) * 7 + (32,) * 2 + (33,) * 6,
-)
+
+
+class BaseCase:
+    """What all cases share. kept: for each layer, or each request, the heads out of `num_heads` that run."""
+
+    level: str
+    label: str
+    kept: tuple[Heads, ...]
+    num_heads: int
+    reported: ClassVar[tuple[str, ...]] = ("label", "hidden", "batch", "tokens")
+
+    @property
+    def kept_count(self) -> int:
+        """Heads that run, over all layers or requests."""
+        return sum(len(heads) for heads in self.kept)
+
+    @property
+    def all_count(self) -> int:
+        """Heads that there are, over all layers or requests."""
+        return self.num_heads * len(self.kept)
+
+    def facts(self) -> dict[str, object]:
+        """What a result file says of the case, beside its name and level."""
+        shape = {name: getattr(self, name) for name in self.reported}
+        return shape | {"kept": self.kept, "kept_count": self.kept_count, "heads": self.all_count}
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(BaseCase):
     """One input and one subset: `lengths` tokens per request, padded to the longest; `kept` heads per layer."""
 
+    num_heads: ClassVar[int] = NUM_HEADS
     level: str  # "block": one attention module; "model": every layer, with embeddings and feed-forward
     hidden: int
     lengths: tuple[int, ...]
-    kept: tuple[tuple[int, ...], ...]
+    kept: tuple[Heads, ...]
     label: str = ""
 
     @property
@@ -49,52 +65,106 @@ class Case:
         return max(self.lengths)
 
     @property
-    def kept_count(self) -> int:
-        """Heads that run, over all layers."""
-        return sum(len(heads) for heads in self.kept)
-
-    @property
     def name(self) -> str:
         """Unique within a suite, for example `block-E384-1x16-6of12`."""
         label = f"-{self.label}" if self.label else ""
-        heads = f"{self.kept_count}of{NUM_HEADS * len(self.kept)}"
-        return f"{self.level}-E{self.hidden}-{self.batch}x{self.tokens}{label}-{heads}"
+        shape = f"E{self.hidden}-{self.batch}x{self.tokens}"
+        return f"{self.level}-{shape}{label}-{self.kept_count}of{self.all_count}"
 
 
-def rotated(count: int, layer: int) -> tuple[int, ...]:
+@dataclass(frozen=True)
+class RequestsCase(BaseCase):
+    """One attention module with heads of its own for every request: `kept[i]` run for request i."""
+
+    level: ClassVar[str] = "requests"
+    num_heads: ClassVar[int] = NUM_HEADS
+    hidden: int
+    tokens: int
+    kept: tuple[Heads, ...]
+    label: str  # how the heads were chosen
+
+    @property
+    def batch(self) -> int:
+        """Number of requests."""
+        return len(self.kept)
+
+    @property
+    def name(self) -> str:
+        """Unique within the suite, for example `requests-E768-8x128-independent-48of96`."""
+        shape = f"E{self.hidden}-{self.batch}x{self.tokens}"
+        return f"{self.level}-{shape}-{self.label}-{self.kept_count}of{self.all_count}"
+
+
+@dataclass(frozen=True)
+class GqaCase(BaseCase):
+    """Causal attention by itself with grouped queries; the query heads `kept[i]` run for request i."""
+
+    level: ClassVar[str] = "gqa"
+    reported: ClassVar[tuple[str, ...]] = ("label", "batch", "tokens", "num_heads", "kv_heads", "head_dim")
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    tokens: int
+    kept: tuple[Heads, ...]
+    label: str  # how the heads were chosen
+
+    @property
+    def batch(self) -> int:
+        """Number of requests."""
+        return len(self.kept)
+
+    @property
+    def name(self) -> str:
+        """Unique within the suite, for example `gqa-H12-4-D64-4x1024-groups-24of48`."""
+        shape = f"H{self.num_heads}-{self.kv_heads}-D{self.head_dim}-{self.batch}x{self.tokens}"
+        return f"{self.level}-{shape}-{self.label}-{self.kept_count}of{self.all_count}"
+
+
+@dataclass(frozen=True)
+class GenerateCase(BaseCase):
+    """Greedy `generate()` of a Llama-like model from a prompt without padding; `kept` heads per layer for everybody,
+    or `kept_by_request`."""
+
+    level: ClassVar[str] = "generate"
+    num_heads: ClassVar[int] = NUM_HEADS
+    reported: ClassVar[tuple[str, ...]] = ("label", "hidden", "layers", "batch", "tokens", "new_tokens")
+    hidden: int
+    layers: int
+    batch: int
+    tokens: int  # of the prompt
+    new_tokens: int
+    label: str = ""
+
+    @property
+    def kept(self) -> tuple[Heads, ...]:
+        """Half of the heads of each layer."""
+        return tuple(rotated(NUM_HEADS // 2, layer) for layer in range(self.layers))
+
+    @property
+    def kept_by_request(self) -> tuple[tuple[Heads, ...], ...]:
+        """Half of each layer's (request, head) pairs, chosen independently: [layers][batch]."""
+        return tuple(independent(self.batch, 0.5, seed=layer) for layer in range(self.layers))
+
+    @property
+    def name(self) -> str:
+        """Unique within the suite, for example `generate-E768-L12-8x256+64-72of144`."""
+        shape = f"E{self.hidden}-L{self.layers}-{self.batch}x{self.tokens}+{self.new_tokens}"
+        return f"{self.level}-{shape}-{self.kept_count}of{self.all_count}"
+
+
+AnyCase = Case | RequestsCase | GqaCase | GenerateCase
+
+
+def rotated(count: int, layer: int) -> Heads:
     """The list of `count` kept heads, shifted by `layer` so that layers keep different heads."""
     return tuple(sorted((head + layer) % NUM_HEADS for head in KEPT_HEADS[count]))
 
 
-def model_case(hidden: int, lengths: tuple[int, ...], counts: tuple[int, ...], label: str = "") -> Case:
-    """A whole-model case that keeps `counts[i]` heads in layer `i`."""
-    return Case("model", hidden, lengths, tuple(rotated(count, layer) for layer, count in enumerate(counts)), label)
-
-
-BLOCK = tuple(
-    Case("block", hidden, (tokens,) * batch, (KEPT_HEADS[count],))
-    for hidden in HIDDEN_SIZES
-    for batch, tokens in SHAPES
-    for count in KEPT_HEADS
-)
-MODEL = (
-    *(model_case(384, MEDIAN_SENTENCES, (count,) * 6, "demo") for count in (12, 3)),
-    *(model_case(384, lengths, (6,) * 6, "demo") for lengths in SENTENCE_BATCHES),
-    model_case(384, MEDIAN_SENTENCES, UNEVEN_HALF, "demo-uneven"),
-    *(model_case(384, (tokens,) * batch, (6,) * 6) for batch, tokens in SHAPES[:4]),
-    *(model_case(768, (tokens,) * batch, (6,) * 6) for batch, tokens in SHAPES[1:3]),
-)
-# Every shape and count for the whole model; the long ones take more than an hour.
-GRID = tuple(
-    model_case(hidden, (tokens,) * batch, (count,) * 6)
-    for hidden in HIDDEN_SIZES
-    for batch, tokens in SHAPES
-    for count in KEPT_HEADS
-)
-SUITES = {
-    "block": BLOCK,
-    "model": MODEL,
-    "cpu": BLOCK + MODEL,
-    "model-grid-short": tuple(case for case in GRID if case.batch * case.tokens <= 128),
-    "model-grid-long": tuple(case for case in GRID if case.batch * case.tokens > 128),
-}
+def independent(batch: int, density: float, seed: int) -> tuple[Heads, ...]:
+    """Heads per request, each on with probability `density`; drawn again until exactly that share of them is on and
+    every request has one, without which no block can be repacked."""
+    generator = random.Random(seed)
+    while True:
+        kept = tuple(tuple(head for head in range(NUM_HEADS) if generator.random() < density) for _ in range(batch))
+        if all(kept) and sum(map(len, kept)) == round(density * NUM_HEADS * batch):
+            return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -14,6 +15,8 @@ Result = dict[str, Any]
 WARM, FIRST = "ours", "ours_first"
 LARGE = 1024  # tokens in the batch
 LOWEST_BLOCK_SPEED = 0.75  # relative to repacked, in any case
+MAIN_REQUESTS = {"hidden": 768, "batch": 8, "tokens": 128}  # the block that the figures for requests are about
+REPACKED, ALONE, SDPA = ("repacked", "repacked_fused"), ("alone", "alone_fused"), ("sdpa_gqa", "sdpa_repeated")
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,9 @@ class Figure:
         return self.found.high >= self.limit if self.at_least else self.found.low <= self.limit
 
 
-def best_repacked(case: Case) -> str:
-    """The faster of the two repacked candidates, by median."""
-    return min(("repacked", "repacked_fused"), key=lambda name: case["candidates"][name]["median"])
+def fastest(case: Case, names: Sequence[str]) -> str:
+    """The fastest of the named candidates, by median."""
+    return min(names, key=lambda name: case["candidates"][name]["median"])
 
 
 def replicates(case: Case, *names: str) -> Array:
@@ -43,10 +46,10 @@ def replicates(case: Case, *names: str) -> Array:
     return median_replicates(rows, seed=crc32(case["name"].encode()))
 
 
-def speed(case: Case, name: str) -> Array:
-    """Replicates of a candidate's speed relative to the repacked one; above 1 it is faster."""
-    candidate, repacked = replicates(case, name, best_repacked(case))
-    return repacked / candidate
+def speed(case: Case, name: str, relative_to: Sequence[str] = REPACKED) -> Array:
+    """Replicates of a candidate's speed relative to the fastest of others; above 1 it is faster."""
+    candidate, other = replicates(case, name, fastest(case, relative_to))
+    return other / candidate
 
 
 def timed(result: Result, level: str) -> list[Case]:
@@ -102,8 +105,50 @@ def model_figures(result: Result) -> list[Figure]:
     return [Figure(title, 1.05, latency, at_least=False)]
 
 
+def requests_figures(result: Result) -> list[Figure]:
+    """The block with a subset for every request, at its main shape."""
+    cases = [case for case in timed(result, "requests") if MAIN_REQUESTS.items() <= case.items()]
+    figures = []
+    for case in cases:
+        if case["label"] == "independent" and 2 * case["kept_count"] == case["heads"]:
+            title = "A random half of the heads in each request: speed over "
+            dense, alone = estimate(speed(case, WARM, ["dense"])), estimate(speed(case, WARM, ALONE))
+            figures.append(Figure(title + "the dense block", 1.7, dense, True, case["name"]))
+            figures.append(Figure(title + "each request by itself, repacked", 0.9, alone, True, case["name"]))
+        if case["label"] == "equal":
+            time = estimate(1 / speed(case, WARM, ["ours_shared"]))
+            title = "The same heads in each request: time over the shared subset"
+            figures.append(Figure(title, 1.1, time, False, case["name"]))
+        if case["label"] == "all":
+            time = estimate(1 / speed(case, WARM, ["dense"]))
+            title = "All heads on, for each request: time over the dense block"
+            figures.append(Figure(title, 1.08, time, False, case["name"]))
+    return figures
+
+
+def gqa_figures(result: Result) -> list[Figure]:
+    """Grouped queries, half of the groups off per request, against the same operator with all heads on."""
+    title = "Attention with grouped queries, half of the groups off: speed over all on"
+    return [
+        Figure(title, 1.8, estimate(speed(case, WARM, ["all_on"])), True, case["name"])
+        for case in timed(result, "gqa")
+        if case["label"] == "groups" and case["tokens"] == 1024
+    ]
+
+
+def generate_figures(result: Result) -> list[Figure]:
+    """The attention layers of `generate()` under a shared half subset, against those of the dense model."""
+    title = "`generate()`, half of the heads, the same tokens as the oracle: attention layers' speed over dense"
+    return [
+        Figure(title, 1.6, estimate(speed(case, f"{WARM}_attention", ["dense_attention"])), True, case["name"])
+        for case in timed(result, "generate")
+    ]
+
+
 def import_figures(result: Result) -> list[Figure]:
-    """Seconds that importing the library adds to importing torch."""
+    """Seconds that importing the library adds to importing torch, where the suite timed it."""
+    if "import" not in result:
+        return []
     seconds = estimate(median_replicates([result["import"]["samples"]], seed=0)[0])
     return [Figure("`import sparse_heads` beyond torch, seconds", 0.2, seconds, at_least=False)]
 
@@ -115,5 +160,8 @@ def all_figures(result: Result) -> list[Figure]:
         *block_figures(result, FIRST, "first call after `set_heads`"),
         *overhead_figures(result),
         *model_figures(result),
+        *requests_figures(result),
+        *gqa_figures(result),
+        *generate_figures(result),
         *import_figures(result),
     ]

@@ -1,4 +1,4 @@
-"""Plots of a result file: blocks as curves over the kept heads, whole models as bars."""
+"""Plots of a result file: blocks as curves over the kept heads or their share, everything else as bars."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .figures import FIRST, LOWEST_BLOCK_SPEED, WARM, Case, estimate, speed
+from .figures import ALONE, FIRST, LOWEST_BLOCK_SPEED, SDPA, WARM, Case, estimate, fastest, speed
 
 # Okabe and Ito's colours, which readers with colour blindness can tell apart.
 STYLES: dict[str, dict[str, Any]] = {
@@ -78,6 +78,99 @@ def model_plot(cases: list[Case]) -> bytes:
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
     axes.set_ylabel("latency of the whole model over dense")
     figure.legend(loc="outside upper center", ncols=len(names), frameon=False)
+    return png(figure)
+
+
+def requests_plot(cases: list[Case]) -> bytes:
+    """PNG: speed over the dense block over the share of (request, head) pairs that run, a panel per shape."""
+    shapes = list(dict.fromkeys((case["hidden"], case["batch"], case["tokens"]) for case in cases))
+    columns = min(4, len(shapes))
+    rows = -(-len(shapes) // columns)
+    figure = Figure(figsize=(3.4 * columns, 3.4 * rows + 0.6), dpi=110, layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
+    for axes, (hidden, batch, tokens) in zip(panels, shapes, strict=False):
+        draw_requests(
+            axes, [one for one in cases if (one["hidden"], one["batch"], one["tokens"]) == (hidden, batch, tokens)]
+        )
+        axes.set_title(f"E {hidden}, B x T {batch} x {tokens}", fontsize=9)
+        axes.set_ylabel("speed over the dense block")
+        axes.set_xlabel("share of heads on")
+    for axes in panels[len(shapes) :]:
+        axes.remove()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
+    return png(figure)
+
+
+def draw_requests(axes: Axes, cases: list[Case]) -> None:
+    """One panel: curves over independent heads, up to all on; markers for heads chosen in another way."""
+    cases = sorted(cases, key=lambda case: case["kept_count"])
+    curve = [case for case in cases if case["label"] in ("independent", "all")]
+    shares = [case["kept_count"] / case["heads"] for case in curve]
+    for name in ("dense_fused", "mask_only", FIRST):
+        values = [estimate(speed(case, name, ["dense"])).value for case in curve]
+        axes.plot(shares, values, label=name, linewidth=1.1, **STYLES[name])
+    alone = [estimate(speed(case, fastest(case, ALONE), ["dense"])).value for case in curve]
+    axes.plot(shares, alone, label="each alone, repacked", color=LIMIT, linewidth=1.4)
+    ours = [estimate(speed(case, WARM, ["dense"])) for case in curve]
+    values = [one.value for one in ours]
+    errors = [[one.value - one.low for one in ours], [one.high - one.value for one in ours]]
+    axes.errorbar(shares, values, yerr=errors, label="ours", color=OURS, marker="o", linewidth=2.2, capsize=2)
+    for label, marker in (("equal", "*"), ("nested", "D")):
+        others = [case for case in cases if case["label"] == label]
+        places = [case["kept_count"] / case["heads"] for case in others]
+        values = [estimate(speed(case, WARM, ["dense"])).value for case in others]
+        axes.plot(places, values, marker, label=f"ours, {label}", color=LOSS, markersize=7, fillstyle="none")
+    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.set_ylim(bottom=0)
+
+
+def gqa_plot(cases: list[Case]) -> bytes:
+    """PNG: speed relative to the same operator with all heads on, a group of bars per case."""
+    figure = Figure(figsize=(max(8, 1.35 * len(cases)), 5), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    bars = {
+        "SDPA, all on": [fastest(case, SDPA) for case in cases],
+        "no mask": ["no_mask"] * len(cases),
+        "sliced": ["sliced"] * len(cases),
+        "alone": ["alone"] * len(cases),
+        "ours": [WARM] * len(cases),
+    }
+    width = 0.8 / len(bars)
+    for index, ((label, names), color) in enumerate(
+        zip(bars.items(), ("#000000", "#777777", "#E69F00", LIMIT, OURS), strict=True)
+    ):
+        found = [estimate(speed(case, name, ["all_on"])) for case, name in zip(cases, names, strict=True)]
+        heights = [one.value for one in found]
+        errors = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
+        places = [place + (index - (len(bars) - 1) / 2) * width for place in range(len(cases))]
+        axes.bar(places, heights, width, yerr=errors, label=label, color=color, error_kw={"linewidth": 0.8})
+    heads = [f"{case['num_heads']}/{case['kv_heads']} of {case['head_dim']}" for case in cases]
+    labels = [
+        f"{each}\n{case['batch']}x{case['tokens']}\n{case['label']}" for each, case in zip(heads, cases, strict=True)
+    ]
+    axes.set_xticks(range(len(cases)), labels, fontsize=8)
+    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.set_ylabel("speed relative to all heads on")
+    figure.legend(loc="outside upper center", ncols=len(bars), frameon=False)
+    return png(figure)
+
+
+def generate_plot(cases: list[Case]) -> bytes:
+    """PNG: milliseconds per new token, prompt included, and the part of attention in it; a panel per case."""
+    figure = Figure(figsize=(5.2 * len(cases), 4.6), dpi=110, layout="constrained")
+    for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
+        found = {name: one["median"] / 1000 / case["new_tokens"] for name, one in case["candidates"].items()}
+        names = [name for name in found if "_attention" not in name]
+        decode, prefill = ([found[f"{name}_attention_{phase}"] for name in names] for phase in ("decode", "prefill"))
+        attention = [sum(pair) for pair in zip(decode, prefill, strict=True)]
+        rest = [found[name] - part for name, part in zip(names, attention, strict=True)]
+        axes.bar(names, decode, label="attention, decoding", color=OURS)
+        axes.bar(names, prefill, bottom=decode, label="attention, prompt", color="#56B4E9")
+        axes.bar(names, rest, bottom=attention, label="everything else", color="#BBBBBB")
+        axes.tick_params(axis="x", labelrotation=30, labelsize=8)
+        axes.set_title(f"batch {case['batch']}, prompt {case['tokens']}, {case['new_tokens']} new tokens", fontsize=9)
+        axes.set_ylabel("ms per new token")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return png(figure)
 
 

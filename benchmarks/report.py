@@ -1,8 +1,10 @@
-"""The table and the plots of a result file: `python -m benchmarks.report benchmarks/results/cpu.json`."""
+"""The table and the plots of a result file: `python -m benchmarks.report benchmarks/results/block.json`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,31 +12,71 @@ import typer
 
 from sparse_heads._files import write_whole
 
-from .figures import FIRST, WARM, Case, Estimate, Figure, Result, all_figures, best_repacked, estimate, speed, timed
-from .plot import block_plot, model_plot
-
-COMPARED = ("dense", "dense_fused", "mask_only", "slice")
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def shape_of(case: Case) -> str:
-    """The input in words, for example `8x128` or `32x20 demo`."""
-    return f"{case['batch']}x{case['tokens']} {case['label']}".strip()
+from .figures import Case, Figure, Result, all_figures, timed
+from .plot import block_plot, generate_plot, gqa_plot, model_plot, requests_plot
+from .tables import (
+    block_losses,
+    block_table,
+    generate_table,
+    gqa_losses,
+    gqa_table,
+    model_table,
+    requests_losses,
+    requests_table,
+    table,
+)
 
 
-def standing(found: Estimate) -> str:
-    """How a speed relative to repacked stands to 1, by its whole interval."""
-    return "slower" if found.high < 1 else "faster" if found.low > 1 else "even"
+@dataclass(frozen=True)
+class Section:
+    """How the cases of a level are shown. text: what the numbers are; losses: where ours loses."""
+
+    title: str
+    text: str
+    plot: Callable[[list[Case]], bytes]
+    table: Callable[[list[Case]], str]
+    losses: Callable[[list[Case]], str] | None = None
 
 
-def median(case: Case, name: str) -> float:
-    """Median time of a candidate in microseconds."""
-    return case["candidates"][name]["median"]
+SECTIONS = {
+    "block": Section(
+        "Attention block",
+        "Speed relative to the repacked block, the faster of plain and fused: 1.00 is the limit.",
+        block_plot,
+        block_table,
+        block_losses,
+    ),
+    "model": Section(
+        "Whole model", "The ceiling is the same model with attention free of cost.", model_plot, model_table
+    ),
+    "requests": Section(
+        "Attention block, a subset for every request",
+        "Alone: every request by itself (batch 1) on its own repacked block, the faster of plain and fused, summed "
+        "over the batch. Shared: the same heads as one subset for all, where all requests have the same. First call: "
+        "right after `set_heads`, which is not in it. Relative speeds: above 1 is faster.",
+        requests_plot,
+        requests_table,
+        requests_losses,
+    ),
+    "gqa": Section(
+        "Attention with grouped queries",
+        "`sparse_heads.attention` by itself, causal; heads are query heads / key-value heads of a size. `groups`: "
+        "half of the groups off, other ones in each request; `scattered`: half of the query heads off, and no whole "
+        "group. All on: the same operator with a mask that keeps all. Sliced: a loop over requests that gathers the "
+        "kept heads and runs SDPA; alone: the same without the time of gathering. Relative speeds: above 1 is faster.",
+        gqa_plot,
+        gqa_table,
+        gqa_losses,
+    ),
+    "generate": Section(
+        "Greedy generation",
+        "Attention: time inside the attention modules, of all layers and tokens. Mask-only: zeros for the columns of "
+        "the output projection that read a head that is off. ours_requests: a random half of the heads for each "
+        "request. Every candidate's tokens equal those of the zeroed columns in float64. Above 1 is faster.",
+        generate_plot,
+        generate_table,
+    ),
+}
 
 
 def passport_text(result: Result) -> str:
@@ -68,47 +110,6 @@ def figures_table(figures: list[Figure]) -> str:
     return table(["figure", "wanted", "found [95 % interval]", "case", "verdict"], rows)
 
 
-def block_table(cases: list[Case]) -> str:
-    """One row a case: times of the limit, of ours and of `set_heads`, and everyone's speed relative to the limit."""
-    rows = []
-    for case in cases:
-        ours, name = estimate(speed(case, WARM)), best_repacked(case)
-        rows.append(
-            [str(case["hidden"]), shape_of(case), str(case["kept_count"])]
-            + [f"{median(case, name):.0f}{' fused' if name == 'repacked_fused' else ''}", f"{median(case, WARM):.0f}"]
-            + [str(ours), standing(ours), f"{estimate(speed(case, FIRST)).value:.2f}"]
-            + [f"{estimate(speed(case, other)).value:.2f}" for other in COMPARED]
-            + [f"{median(case, 'set_heads'):.0f}"]
-        )
-    header = ["E", "B x T", "heads", "repacked us", "ours us", "ours [95 % interval]", "", "first call"]
-    return table([*header, *COMPARED, "set_heads us"], rows)
-
-
-def model_table(cases: list[Case]) -> str:
-    """One row a case: milliseconds of everyone, the ceiling with attention free, and speed over dense."""
-    names = (*COMPARED, "repacked", "repacked_fused", WARM, FIRST, "ceiling")
-    rows = []
-    for case in cases:
-        dense = median(case, "dense")
-        rows.append(
-            [str(case["hidden"]), shape_of(case), f"{case['kept_count']} of {case['heads']}"]
-            + [f"{median(case, name) / 1000:.2f}" for name in names]
-            + [str(estimate(speed(case, WARM))), f"{dense / median(case, WARM):.2f}"]
-            + [f"{dense / median(case, 'ceiling'):.2f}"]
-        )
-    header = ["E", "B x T", "heads", *(f"{name} ms" for name in names)]
-    return table([*header, "ours over repacked", "ours over dense", "ceiling over dense"], rows)
-
-
-def losses_text(cases: list[Case]) -> str:
-    """In how many cases ours loses to the repacked and to the dense block; the latter by name."""
-    slower = [case for case in cases if standing(estimate(speed(case, WARM))) == "slower"]
-    behind = [case for case in cases if median(case, WARM) > min(median(case, "dense"), median(case, "dense_fused"))]
-    text = f"Slower than the repacked block, by the whole interval: {len(slower)} of {len(cases)} cases. "
-    names = ", ".join(f"`{case['name']}`" for case in behind) or "none"
-    return text + f"Slower than the faster of the two dense blocks: {names}."
-
-
 def markdown(result: Result, figures: list[Figure], stem: str) -> str:
     """The whole report."""
     parts = [f"# {result['suite']} suite", passport_text(result), "## Figures", figures_table(figures)]
@@ -116,14 +117,14 @@ def markdown(result: Result, figures: list[Figure], stem: str) -> str:
     if wrong:
         listing = f"```\n{json.dumps(wrong, indent=1)}\n```"
         parts += ["## Wrong outputs: not timed, and their cases left out below", listing]
-    if result["import"]["loads"]:
-        parts.append(f"`import sparse_heads` loads {', '.join(result['import']['loads'])}.")
-    if blocks := timed(result, "block"):
-        text = "Speed relative to the repacked block, the faster of plain and fused: 1.00 is the limit."
-        parts += ["## Attention block", text, losses_text(blocks), f"![]({stem}-block.png)", block_table(blocks)]
-    if models := timed(result, "model"):
-        text = "The ceiling is the same model with attention free of cost."
-        parts += ["## Whole model", text, f"![]({stem}-model.png)", model_table(models)]
+    if loads := result.get("import", {}).get("loads"):
+        parts.append(f"`import sparse_heads` loads {', '.join(loads)}.")
+    for level, section in SECTIONS.items():
+        if cases := timed(result, level):
+            parts += [f"## {section.title}", section.text]
+            if section.losses is not None:
+                parts.append(section.losses(cases))
+            parts += [f"![]({stem}-{level}.png)", section.table(cases)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -132,9 +133,9 @@ def write(path: Path) -> str:
     result = json.loads(path.read_text())
     figures = all_figures(result)
     contents = {path.with_suffix(".md"): markdown(result, figures, path.stem).encode()}
-    for level, plot in (("block", block_plot), ("model", model_plot)):
+    for level, section in SECTIONS.items():
         if cases := timed(result, level):
-            contents[path.with_name(f"{path.stem}-{level}.png")] = plot(cases)
+            contents[path.with_name(f"{path.stem}-{level}.png")] = section.plot(cases)
     write_whole(contents)
     return figures_table(figures)
 

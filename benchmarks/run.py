@@ -14,35 +14,38 @@ from tqdm import tqdm
 
 from sparse_heads._files import write_whole
 
-from . import report
-from .candidates import candidates_of
-from .cases import NUM_HEADS, SUITES, Case
+from . import candidates as block_and_model
+from . import generation, grouped_queries, per_request, report
+from .cases import AnyCase
 from .environment import import_times, passport
 from .gate import wrong_candidates
 from .statistics import spread
+from .suites import GROUPS, SUITES
 from .timing import interleave
 
 RESULTS = Path(__file__).parent / "results"
 MICROSECONDS = 1e6
 SCHEMA_VERSION = 1
+CANDIDATES_OF = {
+    "block": block_and_model.candidates_of,
+    "model": block_and_model.candidates_of,
+    "requests": per_request.candidates_of,
+    "gqa": grouped_queries.candidates_of,
+    "generate": generation.candidates_of,
+}
+QUICK_ROUNDS = 5
 
 
-def measure(case: Case, rounds: int, sample_seconds: float, seed: int) -> dict[str, object]:
+def measure(case: AnyCase, rounds: int, sample_seconds: float, seed: int) -> dict[str, object]:
     """One entry of the result file: what was wrong, and microseconds per call of whatever was right."""
-    candidates, oracles = candidates_of(case)
+    candidates, oracles = CANDIDATES_OF[case.level](case)
     wrong = wrong_candidates(candidates, oracles)
     passed = [one for one in candidates if one.name not in wrong]
     samples = interleave(passed, rounds, sample_seconds, seed)
     return {
         "name": case.name,
         "level": case.level,
-        "label": case.label,
-        "hidden": case.hidden,
-        "batch": case.batch,
-        "tokens": case.tokens,
-        "kept": case.kept,
-        "kept_count": case.kept_count,
-        "heads": NUM_HEADS * len(case.kept),
+        **case.facts(),
         "wrong": wrong,
         "candidates": {
             name: {**spread(seconds, MICROSECONDS), "samples": [round(value * MICROSECONDS, 2) for value in seconds]}
@@ -61,12 +64,12 @@ def to_json(result: dict[str, object]) -> str:
 def run_suite(
     suite: str, rounds: int, threads: int, quick: bool, path: Path, resume: bool = False
 ) -> dict[str, object]:
-    """Measure every case of a suite; `quick` keeps the short shapes and gives numbers for nothing but a smoke test.
+    """Measure every case of a suite; `quick` takes its quick cases and gives numbers for nothing but a smoke test.
 
     The file at `path` is whole after every case; with `resume`, the cases that it holds already are not run again.
     """
     torch.set_num_threads(threads)
-    cases = [case for case in SUITES[suite] if not quick or case.batch * case.tokens <= 128]
+    cases = SUITES[suite].quick if quick else SUITES[suite].cases
     started = perf_counter()
     result = {
         "schema_version": SCHEMA_VERSION,
@@ -89,8 +92,9 @@ def run_suite(
             measured.append({**measure(case, rounds, 0.001 if quick else 0.004, seed), "commit": commit})
             result |= {"seconds": before + round(perf_counter() - started), "cases": measured}
             write_whole({path: to_json(result).encode()})
-    result |= {"import": import_times(3 if quick else 15), "cases": measured}
-    write_whole({path: to_json(result).encode()})
+    if SUITES[suite].imports:
+        result |= {"import": import_times(3 if quick else 15), "cases": measured}
+        write_whole({path: to_json(result).encode()})
     return result
 
 
@@ -106,21 +110,27 @@ def earlier_cases(path: Path, result: dict[str, object]) -> tuple[list[dict], in
 
 
 def main(
-    suite: Annotated[str, typer.Option(help="block, model, cpu for both, model-grid-short or -long")] = "cpu",
+    suite: Annotated[str, typer.Option(help=f"{', '.join(SUITES)}; cpu for {', '.join(GROUPS['cpu'])}")] = "cpu",
     out: Annotated[Path, typer.Option(help="folder of the results")] = RESULTS,
-    name: Annotated[str, typer.Option(help="file name without ending; by default the suite")] = "",
-    rounds: Annotated[int, typer.Option(help="rounds; 30 or more for figures")] = 30,
+    name: Annotated[str, typer.Option(help="file name of one suite without ending; by default the suite")] = "",
+    rounds: Annotated[int, typer.Option(help="rounds; 0 for the suite's own, as figures want them")] = 0,
     threads: Annotated[int, typer.Option(help="torch threads")] = 2,
-    quick: Annotated[bool, typer.Option("--quick", help="short shapes and 5 rounds: does it run at all?")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="short cases and 5 rounds: does it run at all?")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="keep the cases of an interrupted run")] = False,
 ) -> None:
-    """Time the attached model against its baselines; exits with 1 when a candidate's output was wrong."""
-    if suite not in SUITES:
-        raise typer.BadParameter(f"--suite: wanted one of {sorted(SUITES)}, got {suite!r}")
-    path = out / f"{name or (f'{suite}-quick' if quick else suite)}.json"
-    result = run_suite(suite, 5 if quick else rounds, threads, quick, path, resume)
-    print(report.write(path))
-    wrong = {case["name"]: case["wrong"] for case in result["cases"] if case["wrong"]}
+    """Time the library against its baselines, a result file per suite; exits with 1 when any output was wrong."""
+    suites = GROUPS.get(suite, (suite,))
+    if suites[0] not in SUITES:
+        raise typer.BadParameter(f"--suite: wanted one of {sorted((*SUITES, *GROUPS))}, got {suite!r}")
+    if name and len(suites) > 1:
+        raise typer.BadParameter(f"--name: wanted none for {suite}, which writes {len(suites)} files, got {name!r}")
+    wrong = {}
+    for each in suites:
+        path = out / f"{name or (f'{each}-quick' if quick else each)}.json"
+        own_rounds = QUICK_ROUNDS if quick else rounds or SUITES[each].rounds
+        result = run_suite(each, own_rounds, threads, quick, path, resume)
+        print(report.write(path))
+        wrong |= {case["name"]: case["wrong"] for case in result["cases"] if case["wrong"]}
     if wrong:
         print(f"Wrong outputs, not timed: {wrong}", file=sys.stderr)
         raise typer.Exit(1)

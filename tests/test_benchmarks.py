@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
-from time import sleep
+from pathlib import Path
+from time import perf_counter, sleep
 
 import numpy
 import pytest
@@ -12,33 +14,82 @@ import torch
 import typer
 
 from benchmarks import baselines, environment, figures, report, run
-from benchmarks.candidates import candidates_of, own_attention, random_model
-from benchmarks.cases import KEPT_HEADS, SUITES, Case, model_case
-from benchmarks.gate import wrong_candidates
+from benchmarks.cases import KEPT_HEADS, AnyCase, Case, GenerateCase, GqaCase, RequestsCase, independent
+from benchmarks.gate import Oracle, Tokens, wrong_candidates
+from benchmarks.models import own_attention, random_bert
 from benchmarks.statistics import Estimate, estimate, geometric_mean, median_replicates
-from benchmarks.timing import Candidate, interleave
+from benchmarks.suites import GQA, GROUPS, SUITES, Suite, model_case
+from benchmarks.timing import Candidate, Stopwatch, interleave
 
 BLOCK = Case("block", 48, (5, 5), (KEPT_HEADS[3],))
 MODEL = model_case(48, (3, 7), (6, 1), "demo")
+REQUESTS = RequestsCase(48, 5, (KEPT_HEADS[3], KEPT_HEADS[1], KEPT_HEADS[12]), "independent")
+EQUAL = RequestsCase(48, 5, (KEPT_HEADS[6],) * 3, "equal")
+GROUPED = GqaCase(6, 2, 5, 7, ((3, 4, 5), (0, 4), ()), "groups")
+GENERATE = GenerateCase(48, 2, 3, 9, 6)
+ONE_SENTENCE = replace(GENERATE, batch=1)
+EVERY_KIND = {
+    "block": BLOCK,
+    "model with padding": MODEL,
+    "requests": REQUESTS,
+    "equal requests": EQUAL,
+    "grouped queries": GROUPED,
+    "generate": GENERATE,
+    "generate, batch 1": ONE_SENTENCE,
+}
+TIMED = {
+    "block": {"dense", "repacked", "ours", "ours_first", "set_heads"},
+    "model": {"dense", "repacked", "ours", "ours_first", "set_heads", "ceiling"},
+    "requests": {"dense", "dense_fused", "mask_only", "reference", "alone", "alone_fused", "ours", "ours_first"},
+    "gqa": {"ours", "all_on", "no_mask", "sdpa_gqa", "sdpa_repeated", "sliced", "alone"},
+    "generate": {"dense", "mask_only", "repacked", "repacked_fused", "ours"},
+}
 
 
-def tiny_result(ours: float, repacked: float) -> dict:
-    """A result file's content: one block case at 3 heads and one at 12, every sample the same."""
+def entry(case: AnyCase, times: dict[str, float]) -> dict:
+    """A case in a result file, every sample of a candidate the same."""
+    candidates = {name: {"median": value, "samples": [value] * 6} for name, value in times.items()}
+    return {"name": case.name, "level": case.level, **case.facts(), "wrong": {}, "candidates": candidates}
+
+
+def result_of(*cases: dict) -> dict:
+    """A result file's content."""
+    machine = {"cpu": "a processor", "cores": 2, "torch_capability": "AVX512", "flags": [], "system": "an OS"}
+    about = {"suite": "tiny", "quick": False, "rounds": 6, "threads": 2, "seconds": 1, "date": "today", "dirty": False}
+    about |= {"commit": "0" * 40, "versions": {"torch": "2.13"}, "cpu_extension": "available", "load": 0.1}
+    return {**about, "machine": machine, "cases": list(cases)}
+
+
+def block_result(ours: float, repacked: float) -> dict:
+    """One block case at 3 heads and one at 12."""
     times = {"repacked": repacked, "repacked_fused": 2 * repacked, "ours": ours, "ours_first": ours, "set_heads": 1.0}
     times |= dict.fromkeys(("dense", "dense_fused", "mask_only", "slice"), 30.0)
-    candidates = {name: {"median": value, "samples": [value] * 6} for name, value in times.items()}
-    shape = {"level": "block", "label": "", "hidden": 384, "batch": 1, "tokens": 16, "heads": 12, "wrong": {}}
-    cases = [{**shape, "name": f"case{count}", "kept_count": count, "candidates": candidates} for count in (3, 12)]
-    machine = {"cpu": "a processor", "cores": 2, "torch_capability": "AVX512", "flags": [], "system": "an OS"}
-    about = {"suite": "block", "quick": False, "rounds": 6, "threads": 2, "seconds": 1, "date": "today", "dirty": False}
-    about |= {
-        "commit": "0" * 40,
-        "versions": {"torch": "2.13"},
-        "cpu_extension": "available",
-        "load": 0.1,
-        "machine": machine,
-    }
-    return {**about, "import": {"samples": [0.1] * 6, "loads": []}, "cases": cases}
+    cases = [Case("block", 384, (16,), (KEPT_HEADS[count],)) for count in (3, 12)]
+    return result_of(*(entry(case, times) for case in cases)) | {"import": {"samples": [0.1] * 6, "loads": []}}
+
+
+def requests_result(ours: float, dense: float = 30.0, alone: float = 20.0, shared: float = 18.0) -> dict:
+    """The main shape with a random half, with equal heads and with all heads on."""
+    times = {"ours": ours, "ours_first": ours, "ours_shared": shared, "dense": dense, "alone": alone, "set_heads": 1.0}
+    times |= {"alone_fused": 2 * alone, "dense_fused": dense, "mask_only": dense, "reference": dense}
+    chosen = {"independent": independent(8, 0.5, 0), "equal": (KEPT_HEADS[6],) * 8, "all": (KEPT_HEADS[12],) * 8}
+    return result_of(*(entry(RequestsCase(768, 128, kept, label), times) for label, kept in chosen.items()))
+
+
+def gqa_result(ours: float) -> dict:
+    """Attention with grouped queries of 1024 tokens, whole groups and scattered heads off."""
+    times = {"ours": ours, "sliced": 25.0, "alone": 20.0, "sdpa_gqa": 80.0, "sdpa_repeated": 60.0}
+    cases = [one for one in GQA if one.tokens == 1024 and one.num_heads == 12]
+    return result_of(*(entry(case, times | {"all_on": 36.0, "no_mask": 36.0}) for case in cases))
+
+
+def generate_result(ours: float, dense: float = 32.0) -> dict:
+    """One case in which attention takes `ours` and `dense` microseconds, the call ten times that."""
+    times = {}
+    for name, value in (("ours", ours), ("dense", dense), ("mask_only", dense), ("repacked", 1.0)):
+        times |= {name: 10 * value, f"{name}_attention": value}
+        times |= {f"{name}_attention_prefill": value / 4, f"{name}_attention_decode": value * 3 / 4}
+    return result_of(entry(ONE_SENTENCE, times))
 
 
 def test_drift_that_all_candidates_share_leaves_no_interval():
@@ -76,27 +127,87 @@ def test_every_round_runs_every_candidate_once_and_leaves_out_what_is_before():
     assert max(samples["slow"]) < 0.0005 <= min(samples["fast"])
 
 
+def test_parts_of_a_call_are_series_of_their_own():
+    stopwatch = Stopwatch("half")
+
+    def call() -> None:
+        start = perf_counter()
+        sleep(0.001)
+        stopwatch.seconds["half"] += perf_counter() - start
+        sleep(0.001)
+
+    samples = interleave([Candidate("call", call, stopwatch=stopwatch)], rounds=3, sample_seconds=0.005, seed=0)
+    assert list(samples) == ["call", "call_half"] and len(samples["call_half"]) == 3
+    assert all(0.001 <= half <= whole - 0.001 for whole, half in zip(*samples.values(), strict=True))
+
+
 def test_case_names_are_unique():
-    names = [case.name for case in SUITES["cpu"]]
-    assert len(set(names)) == len(names)
+    for suite in SUITES.values():
+        names = [case.name for case in suite.cases]
+        assert len(set(names)) == len(names)
+        assert suite.quick and suite.rounds >= 10
 
 
-@pytest.mark.parametrize("case", [BLOCK, MODEL], ids=["block", "model with padding"])
-def test_every_candidate_matches_the_float64_reference(case: Case):
+def test_independent_heads_have_exactly_the_density_and_differ_by_request():
+    kept = independent(8, 0.25, seed=3)
+    assert sum(map(len, kept)) == 24 and all(kept) and len(set(kept)) > 4
+    assert kept == independent(8, 0.25, seed=3) != independent(8, 0.25, seed=4)
+
+
+def test_grouped_cases_switch_off_half_the_groups_or_no_whole_one():
+    for case in GQA:
+        group = case.num_heads // case.kv_heads
+        groups_on = [len({head // group for head in heads}) for heads in case.kept]
+        assert 2 * case.kept_count == case.all_count
+        assert groups_on == [case.kv_heads // (2 if case.label == "groups" else 1)] * case.batch
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_every_candidate_gives_what_its_oracle_wants(kind: str):
+    case = EVERY_KIND[kind]
     with torch.no_grad():
-        candidates, oracles = candidates_of(case)
+        candidates, oracles = run.CANDIDATES_OF[case.level](case)
         assert wrong_candidates(candidates, oracles) == {}
-    assert {one.name for one in candidates} >= {"dense", "repacked", "ours", "ours_first", "set_heads"}
+        unmasked = next(one for one in candidates if one.expects == "all heads")
+        assert list(wrong_candidates([replace(unmasked, expects="kept heads")], oracles)) == [unmasked.name]
+    names = {one.name for one in candidates}
+    assert names >= TIMED[case.level]
+    assert ("ours_shared" in names) == (case is EQUAL) and ("ours_requests" in names) == (case is GENERATE)
 
 
-def test_dense_and_kept_oracles_differ():
+def test_every_oracle_of_generate_wants_other_tokens():
     with torch.no_grad():
-        _, oracles = candidates_of(BLOCK)
-    assert not torch.allclose(oracles["all heads"].reference, oracles["kept heads"].reference, atol=1e-2)
+        _, oracles = run.CANDIDATES_OF["generate"](GENERATE)
+    tokens = [oracle.tokens for oracle in oracles.values()]
+    assert len(tokens) == 3 and tokens[0].shape == (3, 9 + 6)
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(tokens, 2))
+
+
+def test_attention_is_timed_inside_the_call():
+    with torch.no_grad():
+        candidates, _ = run.CANDIDATES_OF["generate"](ONE_SENTENCE)
+        samples = interleave(candidates[:1], rounds=2, sample_seconds=0.0, seed=0)
+    whole, attention, prefill, decode = (samples[name] for name in candidates[0].series)
+    for i in range(2):
+        assert whole[i] > attention[i] == pytest.approx(prefill[i] + decode[i]) and min(prefill[i], decode[i]) > 0
+
+
+def test_oracles_check_lists_as_one_tensor_and_name_the_first_other_token():
+    exact = torch.arange(6, dtype=torch.float64).reshape(3, 2)
+    oracle, parts = Oracle(exact, exact.float()), list(exact.float().split(1))
+    oracle.check(parts)
+    with pytest.raises(AssertionError, match="error"):
+        oracle.check([*parts[:2], parts[2] + 1])
+    tokens = Tokens(torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    tokens.check(tokens.tokens.clone())
+    with pytest.raises(AssertionError, match="request 1, position 2"):
+        tokens.check(torch.tensor([[1, 2, 3], [4, 5, 7]]))
+    with pytest.raises(AssertionError, match=r"\[2, 2\], wanted \[2, 3\]"):
+        tokens.check(tokens.tokens[:, :2])
 
 
 def test_copies_share_only_what_is_not_attention():
-    model = random_model(48, 1)
+    model = random_bert(48, 1)
     copied = own_attention(model)
     layer, same = model.encoder.layer[0], copied.encoder.layer[0]
     assert layer.intermediate.dense.weight is same.intermediate.dense.weight
@@ -105,10 +216,11 @@ def test_copies_share_only_what_is_not_attention():
 
 def test_a_wrong_candidate_is_not_timed_and_the_run_fails(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(baselines.MASKED, "slice", baselines.dense)
-    monkeypatch.setitem(run.SUITES, "block", (BLOCK, replace(BLOCK, kept=(KEPT_HEADS[12],))))
+    cases = (BLOCK, replace(BLOCK, kept=(KEPT_HEADS[12],)))
+    monkeypatch.setitem(run.SUITES, "block", Suite((), cases, imports=True))
     monkeypatch.setattr(run, "import_times", lambda rounds: {"samples": [0.1] * rounds, "loads": []})
     with pytest.raises(typer.Exit) as exit:
-        run.main(suite="block", out=tmp_path, name="", rounds=30, threads=torch.get_num_threads(), quick=True)
+        run.main("block", tmp_path, name="", rounds=0, threads=torch.get_num_threads(), quick=True, resume=False)
     assert exit.value.exit_code == 1
     assert "slice" in capsys.readouterr().err
     result = json.loads((tmp_path / "block-quick.json").read_text())
@@ -131,7 +243,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, tmp_path):
         return {"name": case.name}
 
     monkeypatch.setattr(run, "measure", measure)
-    monkeypatch.setitem(run.SUITES, "block", cases)
+    monkeypatch.setitem(run.SUITES, "block", Suite((), cases))
     path, arguments = tmp_path / "block.json", ("block", 5, torch.get_num_threads(), True)
     with pytest.raises(KeyboardInterrupt):
         run.run_suite(*arguments, path)
@@ -148,9 +260,26 @@ def test_unknown_suite_is_named():
         run.main(suite="gpu")
 
 
+def test_a_group_of_suites_writes_a_file_each_with_the_rounds_of_its_own(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(run.SUITES, "gqa", Suite((GROUPED,), (GROUPED,), rounds=7))
+    monkeypatch.setitem(run.SUITES, "requests", Suite((REQUESTS,), (REQUESTS,), rounds=6))
+    monkeypatch.setitem(run.GROUPS, "cpu", ("gqa", "requests"))
+    options = {"threads": torch.get_num_threads(), "quick": False, "resume": False}
+    run.main("cpu", tmp_path, name="", rounds=0, **options)
+    results = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("gqa", "requests")}
+    assert [results[name]["rounds"] for name in results] == [7, 6]
+    assert len(results["gqa"]["cases"][0]["candidates"]["sliced"]["samples"]) == 7
+    with pytest.raises(typer.BadParameter, match=r"--name: wanted none for cpu, which writes 2 files, got 'all'"):
+        run.main("cpu", tmp_path, name="all", rounds=0, **options)
+
+
+def test_the_groups_name_suites():
+    assert all(name in SUITES for group in GROUPS.values() for name in group)
+
+
 def test_report_of_a_result_file(tmp_path):
     path = tmp_path / "tiny.json"
-    path.write_text(json.dumps(tiny_result(ours=12.5, repacked=10.0)))
+    path.write_text(json.dumps(block_result(ours=12.5, repacked=10.0)))
     verdicts = report.write(path)
     text = (tmp_path / "tiny.md").read_text()
     assert verdicts in text
@@ -162,8 +291,83 @@ def test_report_of_a_result_file(tmp_path):
 
 
 def test_all_heads_on_may_cost_three_percent_or_five_microseconds():
-    allowed = figures.overhead_figures(tiny_result(ours=34.9, repacked=10.0))  # dense takes 30
-    assert allowed[0].met and not figures.overhead_figures(tiny_result(ours=35.1, repacked=10.0))[0].met
+    allowed = figures.overhead_figures(block_result(ours=34.9, repacked=10.0))  # dense takes 30
+    assert allowed[0].met and not figures.overhead_figures(block_result(ours=35.1, repacked=10.0))[0].met
+
+
+def verdicts(result: dict) -> list[bool]:
+    return [figure.met for figure in figures.all_figures(result)]
+
+
+def test_limits_of_the_figures_for_requests():
+    # the random half over dense and over each alone, equal heads over shared, all heads on over dense
+    assert verdicts(requests_result(ours=17.0, dense=29.0, alone=15.4, shared=15.5)) == [True] * 4
+    assert verdicts(requests_result(ours=17.0, dense=28.8)) == [False, True, True, True]
+    assert verdicts(requests_result(ours=17.0, alone=15.2)) == [True, False, True, True]
+    assert verdicts(requests_result(ours=17.0, shared=15.4)) == [True, True, False, True]
+    assert verdicts(requests_result(ours=17.0, dense=15.7)) == [False, True, True, False]
+    assert verdicts(requests_result(ours=17.0, dense=15.8)) == [False, True, True, True]
+
+
+def test_limits_of_the_figures_for_grouped_queries_and_generate():
+    assert verdicts(gqa_result(ours=20.0)) == [True] and verdicts(gqa_result(ours=20.1)) == [False]
+    assert verdicts(generate_result(ours=20.0)) == [True] and verdicts(generate_result(ours=20.1)) == [False]
+
+
+def test_other_shapes_than_the_main_one_have_no_verdict():
+    result = requests_result(ours=17.0)
+    for case in result["cases"]:
+        case["tokens"] = 18
+    assert figures.all_figures(result) == []
+
+
+@pytest.mark.parametrize(
+    ("result", "rows"),
+    [
+        (
+            requests_result(ours=16.0, alone=8.0),
+            [
+                "| 768 | 8x128 equal | 48 of 96 | 30 | 16 | 8 | 1.875 [1.875, 1.875] | 0.500 [0.500, 0.500] | 1.88 |"
+                " 1.12 | 1.00 | 1.00 | 1.00 | 1 |",
+                "Slower than every request by itself, by the whole interval: 3 of 3 cases.",
+                "Slower than the faster of the two dense blocks: none.",
+            ],
+        ),
+        (
+            gqa_result(ours=72.0),
+            [
+                "| 12/4 of 64 | 4x1024 groups | 72 | 36 | 36 | 80 | 60 | 25 | 20 | 0.500 [0.500, 0.500] |"
+                " 0.833 [0.833, 0.833] | 0.347 [0.347, 0.347] |",
+                "Slower than the faster SDPA with all heads on: `gqa-H12-4-D64-4x1024-groups-24of48`,",
+            ],
+        ),
+        (
+            generate_result(ours=16000.0, dense=32000.0),
+            [
+                "| 1x9+6 | ours | 160 | 26.67 | 16 | 4 | 12 | "
+                "2.000 [2.000, 2.000] | 2.000 [2.000, 2.000] | 2.00 | 2.00 |",
+                "| 1x9+6 | dense | 320 | 53.33 | 32 | 8 | 24 | "
+                "1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] | 1.00 | 1.00 |",
+            ],
+        ),
+    ],
+    ids=["requests", "gqa", "generate"],
+)
+def test_tables_say_what_the_samples_say(result: dict, rows: list[str], tmp_path):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(result))
+    report.write(path)
+    text = (tmp_path / "tiny.md").read_text()
+    for row in rows:
+        assert row in text
+    picture = tmp_path / f"tiny-{result['cases'][0]['level']}.png"
+    assert picture.read_bytes().startswith(b"\x89PNG") and f"![]({picture.name})" in text
+
+
+@pytest.mark.parametrize("path", sorted(run.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_reports_say_what_the_committed_results_say(path: Path):
+    result = json.loads(path.read_text())
+    assert path.with_suffix(".md").read_text() == report.markdown(result, figures.all_figures(result), path.stem)
 
 
 def test_import_time_is_that_of_a_fresh_process():
