@@ -29,7 +29,7 @@ def demo(
         typer.Option(exists=True, dir_okay=False, help="Sentences, one a line; else Python's own docstrings."),
     ] = None,
     device: Annotated[str, typer.Option(help="Where torch computes: cpu, cuda, cuda:1 ...")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Folder for the picture, the numbers and the chosen subset.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for the picture, the numbers, the scores and the subset.")] = Path(
         "sparse-heads-demo"
     ),
     seed: Annotated[int, typer.Option(min=0, help="Of the split, the projections and the random heads.")] = 0,

@@ -42,12 +42,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict]
 def test_everything_lies_where_the_demo_says(finished: tuple[Path, str, dict]):
     folder, printed, results = finished
     out = folder / "out"
-    assert {path.name for path in out.iterdir()} == {"demo.json", "demo.png", "subset"}
+    assert {path.name for path in out.iterdir()} == {"demo.json", "demo.png", "scores", "subset"}
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert all(str(out / name) in printed for name in ("demo.json", "demo.png", "subset"))
+    assert all(str(out / name) in printed for name in ("demo.json", "demo.png", "scores", "subset"))
     handle = sh.attach(AutoModel.from_pretrained(folder / "bert"))
     handle.set_heads(sh.HeadSubset.from_pretrained(out / "subset"))
     assert handle.subset.count() == results["heads"] // 2 == 6
+    assert sh.HeadScores.from_pretrained(out / "scores").top(6) == handle.subset
 
 
 def test_the_numbers_are_complete_and_in_the_table(finished: tuple[Path, str, dict]):
@@ -66,6 +67,24 @@ def test_the_numbers_are_complete_and_in_the_table(finished: tuple[Path, str, di
     assert f"{results['ceiling_sentences_per_second']:.0f}" in cells
     assert "…" not in printed
     assert "float32" in printed and "medians of 3 interleaved rounds" in " ".join(cells)
+
+
+def test_the_batch_with_budgets_ends_the_demo(finished: tuple[Path, str, dict]):
+    _, printed, results = finished
+    requests = results["requests"]
+    assert requests["budgets"] == (KEPT[::-1] * 6)[:32]
+    assert len(requests["cosines"]) == 32 and requests["largest_difference"] <= 1e-5
+    dense, own = requests["timings"]
+    assert (dense["label"], dense["kept"], own["label"]) == ("dense", 12, "own budgets")
+    assert all(0 < timing["attention_milliseconds"] < timing["model_milliseconds"] for timing in (dense, own))
+    words = " ".join(printed[printed.index("One batch of 32 held-out sentences") :].split())
+    four = [cosine for budget, cosine in zip(requests["budgets"], requests["cosines"], strict=True) if budget == 4]
+    assert f" {sum(four) / len(four):.3f} " in words and f" {min(four):.3f} " in words
+    times = [timing[part] for timing in (dense, own) for part in ("attention_milliseconds", "model_milliseconds")]
+    assert all(f" {milliseconds:.1f} " in words for milliseconds in times)
+    attention, model = times[0] / times[2], times[1] / times[3]
+    assert f"times as fast {attention:.2f} {model:.2f} {model:.2f} " in words
+    assert f"largest difference {requests['largest_difference']:.0e}." in words
 
 
 def test_the_same_seed_gives_the_same_quality(finished: tuple[Path, str, dict], tmp_path: Path):
@@ -120,4 +139,4 @@ def test_a_run_that_fails_leaves_the_last_results_whole(tmp_path: Path, monkeypa
     with pytest.raises(ZeroDivisionError):
         demo(tmp_path)
     assert (tmp_path / "out" / "demo.json").read_text() == "before"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"demo.json", "subset"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"demo.json", "scores", "subset"}

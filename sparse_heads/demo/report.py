@@ -1,4 +1,4 @@
-"""The demo's table, made from its results alone."""
+"""The demo's tables, made from its results alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 SPARSE, REPACKED, MASK_ONLY, DENSE = "sparse heads", "repacked", "mask only", "dense"
+OWN_BUDGETS = "own budgets"
 RANDOM = "random"
 
 
@@ -85,3 +86,47 @@ def speed_cells(results: dict[str, Any], label: str) -> list[str]:
 def attention_cells(results: dict[str, Any], label: str) -> list[str]:
     """Milliseconds in the attention blocks at every count of heads."""
     return [f"{timing_of(results, label, kept)['attention_milliseconds']:.1f}" for kept in results["kept"]]
+
+
+def requests_quality_table(results: dict[str, Any]) -> Table:
+    """The batch in which every sentence has its own budget: how close each budget stays to dense."""
+    requests = results["requests"]
+    found = sorted(set(requests["budgets"]), reverse=True)
+    cosines = [cosines_of(requests, budget) for budget in found]
+    title = f"One batch of {len(requests['budgets'])} held-out sentences, each with its own budget of heads"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("heads of a sentence", no_wrap=True)
+    for budget in found:
+        table.add_column(f"{budget}", justify="right", no_wrap=True)
+    table.add_row("sentences", *(f"{len(numbers)}" for numbers in cosines))
+    table.add_row("cosine to dense, mean", *cells(cosines, mean))
+    table.add_row("cosine to dense, lowest", *cells(cosines, min))
+    return table
+
+
+def cosines_of(requests: dict[str, Any], budget: int) -> list[float]:
+    """Cosines to dense of the sentences with this budget."""
+    pairs = zip(requests["budgets"], requests["cosines"], strict=True)
+    return [cosine for own, cosine in pairs if own == budget]
+
+
+def requests_speed_table(results: dict[str, Any]) -> Table:
+    """The same batch through the dense model and with the budgets: times, and how many times faster."""
+    requests = results["requests"]
+    dense, own = requests["timings"]
+    caption = (
+        f"{len(requests['budgets'])} sentences of {requests['tokens']} tokens with padding, medians of "
+        f"{own['rounds']} interleaved rounds. Each sentence gets the embedding that it gets alone under its own "
+        f"budget, to rounding: largest difference {requests['largest_difference']:.0e}."
+    )
+    table = Table(caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("this batch", no_wrap=True)
+    for title in ("mean heads", "attention ms", "whole model ms", "sentences/s"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for timing, heads in ((dense, results["heads"]), (own, mean(requests["budgets"]))):
+        milliseconds = (f"{timing[field]:.1f}" for field in ("attention_milliseconds", "model_milliseconds"))
+        table.add_row(timing["label"], f"{heads:.1f}", *milliseconds, f"{timing['sentences_per_second']:.0f}")
+    attention, model = (dense[field] / own[field] for field in ("attention_milliseconds", "model_milliseconds"))
+    table.add_section()
+    table.add_row("times as fast", "", f"{attention:.2f}", f"{model:.2f}", f"{model:.2f}")
+    return table

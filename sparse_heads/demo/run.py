@@ -15,21 +15,22 @@ from rich.console import Console
 from .._files import write_whole
 from ..environment import environment
 from ..errors import SparseHeadsError, invalid
-from ..heads import HeadSubset
+from ..heads import HeadScores, HeadSubset
 from ..integrations.transformers.attach import attach
 from ..integrations.transformers.handle import Handle
 from .baselines import sharing_copy
 from .encoder import BATCH_SIZE, Encoder, load_encoder
+from .per_request import measure_requests
 from .plot import results_picture
-from .report import results_table
+from .report import requests_quality_table, requests_speed_table, results_table
 from .study import Sizes, ceiling, kept_counts, measure_quality, measure_speed, score_all
 from .text import Sentences, file_sentences, standard_library_sentences
 
 
 def run_demo(model: str, text: Path | None, device: str, out: Path, seed: int, sizes: Sizes, console: Console) -> None:
-    """Score a model's heads, show what subsets of them cost and keep, and leave a subset ready for use.
+    """Score a model's heads, show what subsets of them cost and keep, and leave scores and a subset ready for use.
 
-    Writes demo.json, demo.png and subset/ into the folder `out`, each whole or not at all.
+    Writes demo.json, demo.png, scores/ and subset/ into the folder `out`, each whole or not at all.
     """
     began = time.perf_counter()
     out = writable_folder(out)
@@ -40,7 +41,8 @@ def run_demo(model: str, text: Path | None, device: str, out: Path, seed: int, s
         sentences = file_sentences(text, seed) if text else standard_library_sentences(seed)
         encoder = load_encoder(model, device)
     console.print(f"text:  {sentences.source}\nmodel: {encoder.source}", highlight=False, soft_wrap=True)
-    results, handle, subset = measure(encoder, sentences, seed, sizes, console)
+    results, handle, scores = measure(encoder, sentences, seed, sizes, console)
+    subset = scores.top(results["kept"][len(results["kept"]) // 2], groups=True)
     results |= {
         "title": f"{Path(model).name} with fewer of its {results['heads']} heads",
         "model": model,
@@ -48,19 +50,21 @@ def run_demo(model: str, text: Path | None, device: str, out: Path, seed: int, s
         "text": sentences.source,
         "environment": machine,
     }
+    scores.save_pretrained(out / "scores")
     subset.save_pretrained(out / "subset")
     check_saved(encoder, handle, subset, out / "subset", sentences.held_out[: sizes.held_out])
     results["seconds"] = time.perf_counter() - began
     content = json.dumps(results, indent=2, allow_nan=False).encode() + b"\n"
     write_whole({out / "demo.json": content, out / "demo.png": results_picture(results)})
-    console.print(results_table(results))
+    for table in (results_table, requests_quality_table, requests_speed_table):
+        console.print(table(results), end="\n\n")
     console.print(closing_words(out, subset, results), highlight=False, soft_wrap=True)
 
 
 def measure(
     encoder: Encoder, sentences: Sentences, seed: int, sizes: Sizes, console: Console
-) -> tuple[dict[str, Any], Handle, HeadSubset]:
-    """All numbers, the handle of the model, and the subset with half of the heads."""
+) -> tuple[dict[str, Any], Handle, HeadScores]:
+    """All numbers, the handle of the model, and the best method's scores."""
     plain = sharing_copy(encoder.model)
     handle = attach(encoder.model)
     held_out = sentences.held_out[: sizes.held_out]
@@ -74,6 +78,8 @@ def measure(
     batches, _ = encoder.batches(held_out)
     console.print("timing every way to run the heads, in turn")
     timings, note = measure_speed(plain, handle, best, batches, sizes, seed)
+    console.print("running one batch in which every sentence has its own budget of heads")
+    requests = measure_requests(encoder, plain, handle, best, batches, sizes.timing_seconds / 10, seed)
     timed = timings[0].sentences
     device = encoder.model.device
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU threads: {torch.get_num_threads()}"
@@ -91,8 +97,9 @@ def measure(
         "timings": [asdict(timing) for timing in timings],
         "timed_sentences": timed,
         "ceiling_sentences_per_second": ceiling(timings, timed),
+        "requests": requests,
     }
-    return results, handle, best.top(counts[len(counts) // 2], groups=True)
+    return results, handle, best
 
 
 def writable_folder(out: Path) -> Path:
@@ -118,12 +125,16 @@ def check_saved(encoder: Encoder, handle: Handle, subset: HeadSubset, folder: Pa
 def closing_words(out: Path, subset: HeadSubset, results: dict[str, Any]) -> str:
     """Where everything lies, and how to use it."""
     return (
-        f"\n{out / 'demo.png'}   the table as a picture\n"
+        f"{out / 'demo.png'}   the tables as a picture\n"
         f"{out / 'demo.json'}  every number\n"
         f"{out / 'subset'}     the {subset.count()} heads that {results['methods'][0]} keeps; "
-        f"reloaded and set, they give the same embeddings\n\n"
+        f"reloaded and set, they give the same embeddings\n"
+        f"{out / 'scores'}     what these heads are worth: any other budget, for all sentences or for each\n\n"
         "Use it on the same model, loaded by transformers:\n\n"
         "    handle = sparse_heads.attach(model)\n"
         f'    handle.set_heads(sparse_heads.HeadSubset.from_pretrained("{out / "subset"}"))\n\n'
+        "or with a budget for every sentence of a batch, here of two:\n\n"
+        f'    scores = sparse_heads.HeadScores.from_pretrained("{out / "scores"}")\n'
+        f"    handle.set_heads(scores.budgets([{results['kept'][-1]}, {results['kept'][0]}], groups=True))\n\n"
         f"Done in {results['seconds']:.0f} s."
     )
