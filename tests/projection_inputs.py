@@ -18,14 +18,12 @@ MASKS = {
 }
 MASKS = {name: torch.tensor(mask, dtype=torch.bool) for name, mask in MASKS.items()}
 PER_REQUEST = torch.stack([MASKS["scattered"], MASKS["none"], MASKS["all"], MASKS["one"]])
-# The extension takes shared masks only.
 with_every_mask = pytest.mark.parametrize(
     ("backend", "head_mask"),
     [
         pytest.param(backend, mask, id=f"{backend}-{name}")
         for backend in ("reference", "cpu")
         for name, mask in {**MASKS, "per request": PER_REQUEST}.items()
-        if mask.dim() == 1 or backend != "cpu"
     ],
 )
 

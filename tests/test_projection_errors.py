@@ -164,10 +164,8 @@ def test_backends_of_other_machines(calls, backend):
             call(backend=backend)
 
 
-def test_the_cpu_kernels_take_shared_masks_outside_autocast(calls):
+def test_the_cpu_kernels_run_outside_autocast_and_transforms(calls):
     for call in calls:
-        with pytest.raises(UnsupportedError, match=r"backend: 'cpu' takes a head_mask \[H\] shared by the batch"):
-            call(backend="cpu", head_mask=MASK.expand(2, 4))
         with (
             torch.autocast("cpu", torch.bfloat16),
             pytest.raises(UnsupportedError, match="backend: 'cpu' does not run under autocast; use 'auto'"),

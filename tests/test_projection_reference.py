@@ -137,7 +137,6 @@ with_small_masks = pytest.mark.parametrize(
         pytest.param(backend, mask, id=f"{backend}-{name}")
         for backend in ("reference", "cpu")
         for name, mask in SMALL_MASKS.items()
-        if mask.dim() == 1 or backend != "cpu"
     ],
 )
 

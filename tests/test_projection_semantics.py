@@ -175,19 +175,18 @@ def test_other_layouts_of_poisoned_weights(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 40])
-@pytest.mark.parametrize("name", MASKS)
-def test_kernels_run_as_many_items_as_the_mask_keeps(name, tokens, dtype):
-    mask = MASKS[name]
-    kept = int(mask.sum())
+@pytest.mark.parametrize("mask", [*MASKS.values(), PER_REQUEST], ids=[*MASKS, "per request"])
+def test_kernels_run_as_many_items_as_the_mask_keeps(mask, tokens, dtype):
+    kept = int(mask.expand(BATCH, HEADS).sum())
     for requires_grad in (False, True):
         with items_run() as items:
             tensors = [tensor.requires_grad_(requires_grad) for tensor in in_inputs(tokens, dtype)]
             project_in("cpu", mask)(*tensors)
-        assert (items.in_projection, items.out_projection) == (3 * BATCH * kept, 0)
+        assert (items.in_projection, items.out_projection) == (3 * kept, 0)
         with items_run() as items:
             tensors = [tensor.requires_grad_(requires_grad) for tensor in out_inputs(tokens, dtype)]
             project_out("cpu", mask)(*tensors)
-        assert (items.in_projection, items.out_projection) == (0, BATCH * kept)
+        assert (items.in_projection, items.out_projection) == (0, kept)
 
 
 def test_a_key_value_head_counts_where_its_group_runs():
@@ -203,11 +202,12 @@ def test_the_reference_runs_no_kernel_and_auto_does():
     tensors = in_inputs(3)
     with items_run() as items:
         project_in("reference", MASKS["one"])(*tensors)
-        project_in("auto", PER_REQUEST)(*tensors)
+        project_in("reference", PER_REQUEST)(*tensors)
     assert items.in_projection == 0
-    with items_run() as items:
-        project_in("auto", MASKS["one"])(*tensors)
-    assert items.in_projection == 3 * BATCH
+    for mask in (MASKS["one"], PER_REQUEST):
+        with items_run() as items:
+            project_in("auto", mask)(*tensors)
+        assert items.in_projection == 3 * int(mask.expand(BATCH, HEADS).sum())
 
 
 def test_items_are_counted_for_this_thread_and_this_block_alone():

@@ -57,6 +57,41 @@ inline int64_t count_tokens(const Tensor& input) {
   return tokens;
 }
 
+// Checks of the arguments that every in-projection has; `masks_name`: those that say which heads run, one a weight.
+inline void check_in_projection(
+    const Tensor& x, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
+    const char* masks_name, const std::vector<Tensor>& masks, int64_t head_dim) {
+  check_at_least({"x"}, "dimensions", x.dim(), 1);
+  check_head_dim(head_dim);
+  check_equal({"biases"}, "length", biases.size(), weights.size());
+  check_equal({masks_name}, "length", masks.size(), weights.size());
+  const int64_t columns = x.size(x.dim() - 1);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const int64_t index = static_cast<int64_t>(i);
+    const ArgumentName weight_name{"weights", index};
+    check_like(weight_name, weights[i], x, 2);
+    check_equal(weight_name, "columns", weights[i].size(1), columns);
+    check_whole_heads(weight_name, "rows", weights[i].size(0), head_dim);
+    if (biases[i]) {
+      check_like({"biases", index}, *biases[i], x, 1);
+      check_equal({"biases", index}, "size", biases[i]->size(0), weights[i].size(0));
+    }
+  }
+}
+
+// Checks of the arguments that every output projection has.
+inline void check_out_projection(
+    const Tensor& heads, const Tensor& weight, const std::optional<Tensor>& bias, int64_t head_dim) {
+  check_at_least({"heads"}, "dimensions", heads.dim(), 1);
+  check_head_dim(head_dim);
+  check_like({"weight"}, weight, heads, 2);
+  check_whole_heads({"weight"}, "columns", weight.size(1), head_dim);
+  if (bias) {
+    check_like({"bias"}, *bias, heads, 1);
+    check_equal({"bias"}, "size", bias->size(0), weight.size(0));
+  }
+}
+
 // The stride from token to token when one stride fits all leading dimensions and columns are neighbours.
 inline std::optional<int64_t> token_stride(const Tensor& input) {
   const auto sizes = input.sizes();

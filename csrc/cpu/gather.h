@@ -30,6 +30,20 @@ inline Tensor gather_heads(Tensor tensor, int64_t dim, const std::vector<HeadRun
   return gathered;
 }
 
+// The inverse of `gather_heads`: writes the kept heads' slices to their places along `dim` of `target`.
+inline void scatter_heads(
+    const Tensor& gathered, Tensor target, int64_t dim, const std::vector<HeadRun>& runs, int64_t head_dim) {
+  for (const HeadRun& run : runs) {
+    const int64_t size = run.heads * head_dim;
+    Tensor place = torch::stable::narrow(target, dim, run.first_head * head_dim, size);
+    Tensor slice = gathered;
+    torch::stable::copy_(place, torch::stable::narrow(slice, dim, run.position * head_dim, size));
+  }
+}
+
+// One request's part of a batch, [1, ...].
+inline Tensor request_of(Tensor batch, int64_t request) { return torch::stable::narrow(batch, 0, request, 1); }
+
 // torch's own linear, which the stable operators do not list.
 inline Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   std::array<StableIValue, 3> stack{

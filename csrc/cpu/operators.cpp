@@ -1,13 +1,13 @@
-// The raw CPU operators: checks, the choice of way, and the registration. Their schemas are defined in Python.
+// The operators of shared masks: the choice of way, and the registration. Their schemas are defined in Python.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/arguments.h"
-#include "cpu/avx512.h"
 #include "cpu/counters.h"
 #include "cpu/gather.h"
 #include "cpu/kernels.h"
@@ -20,15 +20,14 @@ int64_t requests(const Tensor& input) { return input.dim() >= 3 ? input.size(0) 
 
 bool in_place_kernels_cover(const Tensor& input) { return has_avx512() && is_float32(input); }
 
-void project([[maybe_unused]] const Projection& projection) {
-#if SPARSE_HEADS_HAVE_AVX512
-  if (projection.tokens == 0 || projection.rows() == 0) return;
-  if (dots_suit(projection)) {
-    project_by_dots(projection);
-  } else {
-    project_by_panels(projection);
-  }
-#endif
+// All tokens of `input`, `stride` apart, with rows and columns still to come.
+Projection shared_projection(const Tensor& input, int64_t stride) {
+  Projection projection{float_data(input), {}, {}};
+  projection.jobs.resize(1);
+  std::vector<Token>& tokens = projection.jobs[0].tokens;
+  tokens.resize(count_tokens(input));
+  for (size_t t = 0; t < tokens.size(); ++t) tokens[t] = {static_cast<int64_t>(t) * stride, static_cast<int64_t>(t)};
+  return projection;
 }
 
 struct InWeight {
@@ -49,38 +48,13 @@ struct InWeight {
   }
 };
 
-std::vector<InWeight> check_in_weights(
-    const Tensor& x, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
-    const std::vector<Tensor>& kept, int64_t head_dim) {
-  check_at_least({"x"}, "dimensions", x.dim(), 1);
-  check_head_dim(head_dim);
-  check_equal({"biases"}, "length", biases.size(), weights.size());
-  check_equal({"kept"}, "length", kept.size(), weights.size());
-  const int64_t columns = x.size(x.dim() - 1);
-  std::vector<InWeight> ins;
-  ins.reserve(weights.size());
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const int64_t index = static_cast<int64_t>(i);
-    const ArgumentName weight_name{"weights", index};
-    check_like(weight_name, weights[i], x, 2);
-    check_equal(weight_name, "columns", weights[i].size(1), columns);
-    const int64_t rows = weights[i].size(0);
-    check_whole_heads(weight_name, "rows", rows, head_dim);
-    if (biases[i]) {
-      check_like({"biases", index}, *biases[i], x, 1);
-      check_equal({"biases", index}, "size", biases[i]->size(0), rows);
-    }
-    ins.push_back({weights[i], biases[i], find_runs({"kept", index}, kept[i], rows / head_dim), kept[i].size(0)});
-  }
-  return ins;
-}
-
 std::vector<Tensor> in_projection_in_place(const Tensor& x, std::vector<InWeight>& ins, int64_t head_dim) {
   const std::optional<int64_t> stride = token_stride(x);
   const Tensor input = stride ? x : torch::stable::contiguous(x);
   const int64_t columns = input.size(input.dim() - 1);
-  Projection projection{float_data(input), stride.value_or(columns), count_tokens(input), {}, {}};
-  if (columns > 0) projection.column_runs.push_back({0, 0, columns});
+  Projection projection = shared_projection(input, stride.value_or(columns));
+  Job& job = projection.jobs[0];
+  if (columns > 0) job.column_runs.push_back({0, 0, columns});
   std::vector<Tensor> outputs;
   outputs.reserve(ins.size());
   for (InWeight& in : ins) {
@@ -97,19 +71,26 @@ std::vector<Tensor> in_projection_in_place(const Tensor& x, std::vector<InWeight
     float* output = mutable_float_data(outputs.back());
     for (const HeadRun& run : in.runs) {
       const int64_t first = run.first_head * head_dim;
-      projection.row_runs.push_back(
+      job.row_runs.push_back(
           {weight + first * weight_stride, weight_stride, bias ? bias + first : nullptr,
            output + run.position * head_dim, width, run.heads * head_dim});
     }
   }
-  project(projection);
+  project(projection, static_cast<int64_t>(job.tokens.size()));
   return outputs;
 }
 
 std::vector<Tensor> in_projection_forward(
     const Tensor& x, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
     const std::vector<Tensor>& kept, int64_t head_dim) {
-  std::vector<InWeight> ins = check_in_weights(x, weights, biases, kept, head_dim);
+  check_in_projection(x, weights, biases, "kept", kept, head_dim);
+  std::vector<InWeight> ins;
+  ins.reserve(weights.size());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const ArgumentName name{"kept", static_cast<int64_t>(i)};
+    std::vector<HeadRun> runs = find_runs(name, kept[i], weights[i].size(0) / head_dim);
+    ins.push_back({weights[i], biases[i], std::move(runs), kept[i].size(0)});
+  }
   for (const InWeight& in : ins) items_ran[kInProjection] += requests(x) * in.kept;
   if (in_place_kernels_cover(x)) return in_projection_in_place(x, ins, head_dim);
 
@@ -132,32 +113,25 @@ Tensor out_projection_in_place(
   const std::optional<Tensor> offsets = plain_bias ? bias : std::optional(torch::stable::contiguous(*bias));
   const int64_t width = weight.size(0);
   const Tensor output = empty_output(input, width);
-  Projection projection{
-      float_data(input), stride.value_or(input.size(input.dim() - 1)), count_tokens(input), {}, {}};
-  projection.row_runs.push_back(
+  Projection projection = shared_projection(input, stride.value_or(input.size(input.dim() - 1)));
+  Job& job = projection.jobs[0];
+  job.row_runs.push_back(
       {float_data(rows), rows.stride(0), offsets ? float_data(*offsets) : nullptr, mutable_float_data(output), width,
        width});
   for (const HeadRun& run : runs) {
     const int64_t original = run.first_head * head_dim;
     const int64_t compact = run.position * head_dim;
-    projection.column_runs.push_back({wide ? original : compact, gathered ? compact : original, run.heads * head_dim});
+    job.column_runs.push_back({wide ? original : compact, gathered ? compact : original, run.heads * head_dim});
   }
-  project(projection);
+  project(projection, static_cast<int64_t>(job.tokens.size()));
   return output;
 }
 
 Tensor out_projection_forward(
     const Tensor& heads, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& kept,
     int64_t head_dim) {
-  check_at_least({"heads"}, "dimensions", heads.dim(), 1);
-  check_head_dim(head_dim);
-  check_like({"weight"}, weight, heads, 2);
+  check_out_projection(heads, weight, bias, head_dim);
   const int64_t all_columns = weight.size(1);
-  check_whole_heads({"weight"}, "columns", all_columns, head_dim);
-  if (bias) {
-    check_like({"bias"}, *bias, heads, 1);
-    check_equal({"bias"}, "size", bias->size(0), weight.size(0));
-  }
   const std::vector<HeadRun> runs = find_runs({"kept"}, kept, all_columns / head_dim);
   const int64_t columns = heads.size(heads.dim() - 1);
   const int64_t kept_columns = kept.size(0) * head_dim;

@@ -44,8 +44,8 @@ struct PanelTile {
   const float* upcoming;  // weights of the tile that comes next, to prefetch
   int64_t upcoming_stride;
   int64_t upcoming_rows;
-  int64_t first_token;
-  int64_t tokens;         // at most 16 * vectors
+  const Token* tokens;
+  int64_t token_count;    // at most 16 * vectors
   bool accumulate;        // add to what is stored: this is not the first block of columns
 };
 
@@ -101,6 +101,7 @@ SPARSE_HEADS_AVX512 void multiply_panel(const std::vector<ColumnRun>& column_run
         source = block[0];
         source_stride = kLanes;
       }
+      const float* lower = source + Rows / 2 * source_stride;
       for (int64_t c = 0; c < width; ++c) {
         __m512 inputs[Vectors];
 #pragma GCC unroll 2
@@ -108,7 +109,7 @@ SPARSE_HEADS_AVX512 void multiply_panel(const std::vector<ColumnRun>& column_run
         packed += Vectors * kLanes;
 #pragma GCC unroll 16
         for (int i = 0; i < Rows; ++i) {
-          const __m512 weight = _mm512_set1_ps(source[i * source_stride + c]);
+          const __m512 weight = _mm512_set1_ps(i < Rows / 2 ? source[i * source_stride + c] : lower[(i - Rows / 2) * source_stride + c]);
 #pragma GCC unroll 2
           for (int v = 0; v < Vectors; ++v) sums[i][v] = _mm512_fmadd_ps(weight, inputs[v], sums[i][v]);
         }
@@ -126,7 +127,7 @@ SPARSE_HEADS_AVX512 void multiply_panel(const std::vector<ColumnRun>& column_run
   const __mmask16 mask = first_lanes(Rows);
   const bool with_bias = run.bias && !tile.accumulate;
   const __m512 bias = with_bias ? _mm512_maskz_loadu_ps(mask, run.bias + tile.first_row) : _mm512_setzero_ps();
-  float* output = run.output + tile.first_token * run.output_stride + tile.first_row;
+  float* output = run.output + tile.first_row;
 #pragma GCC unroll 2
   for (int v = 0; v < Vectors; ++v) {
     __m512 results[kLanes];
@@ -135,18 +136,18 @@ SPARSE_HEADS_AVX512 void multiply_panel(const std::vector<ColumnRun>& column_run
     transpose16(results);
 #pragma GCC unroll 16
     for (int t = 0; t < kLanes; ++t) {
-      if (v * kLanes + t >= tile.tokens) break;
-      float* token = output + (v * kLanes + t) * run.output_stride;
+      if (v * kLanes + t >= tile.token_count) break;
+      float* token = output + tile.tokens[v * kLanes + t].output * run.output_stride;
       const __m512 before = tile.accumulate ? _mm512_maskz_loadu_ps(mask, token) : bias;
       _mm512_mask_storeu_ps(token, mask, _mm512_add_ps(results[t], before));
     }
   }
 }
 
-// Packs `tokens` rows of input (at most 16 * vectors; missing ones read as zero) into [columns][vectors][16].
+// Packs the inputs of `count` tokens (at most 16 * vectors; missing ones read as zero) into [columns][vectors][16].
 template <int Vectors>
 SPARSE_HEADS_AVX512 void pack_panel(
-    const float* input, int64_t stride, int64_t tokens, const std::vector<ColumnRun>& column_runs, float* packed) {
+    const float* input, const Token* tokens, int64_t count, const std::vector<ColumnRun>& column_runs, float* packed) {
   for (const ColumnRun& columns : column_runs) {
     for (int64_t c = 0; c < columns.columns; c += kLanes) {
       const int64_t width = columns.columns - c < kLanes ? columns.columns - c : kLanes;
@@ -157,8 +158,8 @@ SPARSE_HEADS_AVX512 void pack_panel(
 #pragma GCC unroll 16
         for (int t = 0; t < kLanes; ++t) {
           const int64_t token = v * kLanes + t;
-          tile[t] = token < tokens
-              ? _mm512_maskz_loadu_ps(mask, input + token * stride + columns.input_column + c)
+          tile[t] = token < count
+              ? _mm512_maskz_loadu_ps(mask, input + tokens[token].input + columns.input_column + c)
               : _mm512_setzero_ps();
         }
         transpose16(tile);

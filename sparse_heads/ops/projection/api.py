@@ -47,7 +47,7 @@ def in_projection(
         bias: `[H*D]` or None; for a tuple of weights a tuple of the same length, or None.
         head_mask: bool `[H]` (shared) or `[B, H]` (one row a request), True = the head runs; None = all heads.
         head_dim: `D`.
-        backend: `"auto"`, `"reference"` or `"cpu"` (the C++ extension; shared masks).
+        backend: `"auto"`, `"reference"` or `"cpu"` (the C++ extension).
 
     Returns:
         `[B, kept, T, D]` under a shared mask, `[B, H, T, D]` with zero rows for masked heads under a mask per request;
@@ -71,9 +71,9 @@ def in_projection(
         head_mask = torch.ones(num_heads, dtype=torch.bool, device=x.device)
     check_head_mask(head_mask, num_heads, x.shape[0], x.device)
     masks = [head_mask.unflatten(-1, (count, -1)).any(-1) for count in counts]
-    implementation = choose(backend, x, per_request=head_mask.dim() == 2)
+    implementation = choose(backend, x)
     if head_mask.dim() == 2:
-        outputs = reference.in_projection_per_request(x, weights, biases, masks, head_dim)
+        outputs = implementation.in_projection_per_request(x, weights, biases, masks, head_dim)
     else:
         kept = [mask.nonzero()[:, 0] for mask in masks]
         outputs = implementation.in_projection(x, weights, biases, kept, head_dim)
@@ -104,7 +104,7 @@ def out_projection(
         head_mask: bool `[H]` or `[B, H]`, True = the head runs; None = all heads.
         gate: float `[H]` or `[B, H]`, multiplies heads before the projection; differentiable, exact also at 0;
             masked heads' gates get a zero gradient.
-        backend: `"auto"`, `"reference"` or `"cpu"` (the C++ extension; shared masks).
+        backend: `"auto"`, `"reference"` or `"cpu"` (the C++ extension).
 
     Returns:
         `[B, T, E]`, differentiable.
@@ -122,26 +122,36 @@ def out_projection(
     if head_mask is None:
         head_mask = torch.ones(num_heads, dtype=torch.bool, device=heads.device)
     check_head_mask(head_mask, num_heads, batch, heads.device)
-    implementation = choose(backend, heads, per_request=head_mask.dim() == 2)
-    kept = None if head_mask.dim() == 2 else head_mask.nonzero()[:, 0]
-    if given != num_heads and (kept is None or given != kept.shape[0]):
-        wanted = f"{num_heads} heads" if kept is None else f"{num_heads} heads, or the {kept.shape[0]} kept ones"
-        raise invalid("heads", wanted, heads)
+    implementation = choose(backend, heads)
     if gate is not None:
         check_gate(gate, num_heads, batch, heads.device)
-        # Masked heads leave before the product: their values, also NaN, must not reach the gate's gradient.
-        if kept is None:
-            heads = torch.where(head_mask[:, :, None, None], heads, 0.0)
-        else:
-            heads = heads.index_select(1, kept) if given == num_heads else heads
-            gate = gate.index_select(-1, kept)
-        heads = heads * gate.to(heads.dtype)[..., None, None]
-    if kept is not None and heads.shape[1] == num_heads and heads.stride(1) != head_dim:
-        heads = heads.index_select(1, kept)  # flatten would copy masked heads too
-    tokens = heads.transpose(1, 2).flatten(2)
-    if kept is None:
-        return reference.out_projection_per_request(tokens, weight, bias, head_mask, head_dim)
-    return implementation.out_projection(tokens, weight, bias, kept, head_dim)
+    if head_mask.dim() == 2:
+        if given != num_heads:
+            raise invalid("heads", f"{num_heads} heads", heads)
+        tokens = _tokens_per_request(heads, gate, head_mask)
+        return implementation.out_projection_per_request(tokens, weight, bias, head_mask, head_dim)
+    kept = head_mask.nonzero()[:, 0]
+    if given not in (num_heads, kept.shape[0]):
+        raise invalid("heads", f"{num_heads} heads, or the {kept.shape[0]} kept ones", heads)
+    if given == num_heads and (gate is not None or heads.stride(1) != head_dim):
+        # Masked heads are not copied, and leave before the gate: their values, also NaN, must not reach its gradient.
+        heads = heads.index_select(1, kept)
+    if gate is not None:
+        heads = heads * gate.index_select(-1, kept).to(heads.dtype)[..., None, None]
+    return implementation.out_projection(heads.transpose(1, 2).flatten(2), weight, bias, kept, head_dim)
+
+
+def _tokens_per_request(heads: Tensor, gate: Tensor | None, head_mask: Tensor) -> Tensor:
+    """`[B, T, H*D]` of `heads [B, H, T, D]` times `gate`; masked heads are neither read nor written."""
+    batch, num_heads, tokens, head_dim = heads.shape
+    if gate is None and heads.stride(1) == head_dim:
+        return heads.transpose(1, 2).flatten(2)
+    request, head = head_mask.nonzero(as_tuple=True)
+    kept = heads[request, head]
+    if gate is not None:
+        kept = kept * gate.expand(batch, num_heads)[request, head, None, None].to(heads.dtype)
+    wide = heads.new_empty(batch, tokens, num_heads, head_dim).transpose(1, 2)
+    return wide.index_put_((request, head), kept).transpose(1, 2).flatten(2)
 
 
 def check_backend(backend: str) -> None:
@@ -154,7 +164,7 @@ def check_backend(backend: str) -> None:
         raise BackendUnavailableError(f"backend: 'cpu' is not available: {_native.why_unavailable()}")
 
 
-def choose(backend: str, x: Tensor, per_request: bool = False) -> ModuleType:
+def choose(backend: str, x: Tensor) -> ModuleType:
     """The implementation for tensors like `x`: `reference` or `cpu`; raises where a named backend cannot run."""
     if backend == "reference":
         return reference
@@ -162,7 +172,7 @@ def choose(backend: str, x: Tensor, per_request: bool = False) -> ModuleType:
     autocast = on_cpu and torch.is_autocast_enabled("cpu")
     transformed = torch._C._functorch.maybe_current_level() is not None  # torch.func.jvp would take kernels as constant
     if backend == "auto":
-        if not on_cpu or per_request or autocast or transformed:
+        if not on_cpu or autocast or transformed:
             return reference
         if _native.available():
             return cpu
@@ -171,8 +181,6 @@ def choose(backend: str, x: Tensor, per_request: bool = False) -> ModuleType:
     check_backend(backend)
     if not on_cpu:
         raise BackendUnavailableError(f"backend: 'cpu' needs tensors on the CPU, got {x.device}")
-    if per_request:
-        raise UnsupportedError("backend: 'cpu' takes a head_mask [H] shared by the batch; [B, H] needs 'reference'")
     if autocast:
         raise UnsupportedError("backend: 'cpu' does not run under autocast; use 'auto' or 'reference'")
     if transformed:
