@@ -25,7 +25,7 @@ def environment() -> list[tuple[str, str]]:
         ("backend triton", "not available: no kernels yet"),
         ("backend cuda", "not available: no kernels yet"),
         ("backend auto, projections", "reference" if reason else "cpu"),
-        ("backend auto, attention", "sdpa; reference for softcap, sinks and masks per request"),
+        ("backend auto, attention", _attention_backends(reason is None)),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         *((name, _version_of(name)) for name in PACKAGES),
         ("C++ compiler", _compiler()),
@@ -33,6 +33,15 @@ def environment() -> list[tuple[str, str]]:
         ("threads", str(torch.get_num_threads())),
         ("cache", _cache()),
     ]
+
+
+def _attention_backends(has_extension: bool) -> str:
+    beyond_sdpa = "softcap, sinks and masks per request"
+    if not has_extension:
+        return f"sdpa; reference for {beyond_sdpa}"
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return f"cpu; float64 by sdpa, but for {beyond_sdpa}"
+    return f"sdpa; cpu for {beyond_sdpa}"
 
 
 def _version_of(package: str) -> str:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_heads.ops.attention import api, attention, sdpa
+from sparse_heads.ops.attention import attention, sdpa
 from sparse_heads.testing import assert_close_to_reference, random_attention_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -189,25 +189,25 @@ def seen_by_torch(monkeypatch) -> list[tuple[torch.Size, torch.Size, dict]]:
 
 def test_only_kept_heads_reach_torch(seen_by_torch):
     inputs = random_attention_inputs(3, 6, 2, 4, 5, 8)
-    attention(*inputs, torch.tensor([True, False, False, False, True, True]))
+    attention(*inputs, torch.tensor([True, False, False, False, True, True]), backend="sdpa")
     attention(*inputs, torch.tensor([[True] * 6, [False] * 6, [False] * 5 + [True]]), backend="sdpa")
     assert [call[:2] for call in seen_by_torch] == [((3, 3, 4, 8), (3, 3, 5, 8)), ((7, 1, 4, 8), (7, 1, 5, 8))]
 
 
 def test_nothing_is_gathered_when_all_heads_run(seen_by_torch):
     inputs = random_attention_inputs(3, 6, 2, 4, 5, 8)
-    attention(*inputs)
-    attention(*inputs, torch.ones(6, dtype=torch.bool))
+    attention(*inputs, backend="sdpa")
+    attention(*inputs, torch.ones(6, dtype=torch.bool), backend="sdpa")
     assert [call[:2] for call in seen_by_torch] == [((3, 6, 4, 8), (3, 2, 5, 8))] * 2
 
 
 def test_masks_are_built_only_where_they_hide_something(seen_by_torch):
     square, last = random_attention_inputs(1, 2, 2, 4, 4, 8), random_attention_inputs(1, 2, 2, 1, 4, 8)
-    attention(*square, is_causal=True)
-    attention(*square, window=9, is_causal=True)
-    attention(*last, is_causal=True)
-    attention(*last, window=4)
-    attention(*square, window=(3, 3))
+    attention(*square, is_causal=True, backend="sdpa")
+    attention(*square, window=9, is_causal=True, backend="sdpa")
+    attention(*last, is_causal=True, backend="sdpa")
+    attention(*last, window=4, backend="sdpa")
+    attention(*square, window=(3, 3), backend="sdpa")
     masks = [(options.get("is_causal", False), options.get("attn_mask") is not None) for *_, options in seen_by_torch]
     assert masks == [(True, False), (False, True), (False, False), (False, False), (False, False)]
 
@@ -217,23 +217,8 @@ def test_torch_gets_no_row_without_a_key(seen_by_torch, masked):
     """What comes of such a row differs between torch's kernels."""
     allowed = torch.tensor([True, False, True])[:, None].expand(3, 5)
     added = torch.zeros(3, 5).masked_fill(~allowed, -torch.inf)
-    attention(*random_attention_inputs(1, 2, 2, 3, 5, 4), attn_mask=allowed if masked == "bool" else added, window=2)
+    attn_mask = allowed if masked == "bool" else added
+    attention(*random_attention_inputs(1, 2, 2, 3, 5, 4), attn_mask=attn_mask, window=2, backend="sdpa")
     ((_, _, options),) = seen_by_torch
     mask = options["attn_mask"]
     assert (mask if masked == "bool" else mask > -torch.inf).any(-1).all()
-
-
-AUTO = {
-    "sdpa": [{}, {"is_causal": True, "window": 2}, {"head_mask": torch.ones(2).bool(), "gate": torch.ones(1, 2)}],
-    "reference": [{"softcap": 2.0}, {"sinks": torch.zeros(2)}, {"head_mask": torch.ones(1, 2).bool()}],
-}
-
-
-@pytest.mark.parametrize("expected", AUTO)
-def test_auto_takes_the_reference_only_for_what_torch_lacks(expected, monkeypatch):
-    taken = []
-    for name in AUTO:
-        monkeypatch.setattr(api, f"attention_{name}", lambda *args, _name=name, **options: taken.append(_name))
-    for options in AUTO[expected]:
-        attention(*random_attention_inputs(1, 2, 2, 3, 3, 4), **options)
-    assert taken == [expected] * 3

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHARED = torch.tensor([True, False, False, True, False, False])
 PER_REQUEST = torch.tensor([[False, True, True, False, False, False], [True, False, False, False, True, True]])
 MASKS = {"shared": SHARED, "per request": PER_REQUEST}
-BACKENDS = ["reference", "sdpa"]
+BACKENDS = ["reference", "sdpa", "cpu"]
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 with_every_mask = pytest.mark.parametrize("head_mask", MASKS.values(), ids=MASKS)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import torch
 
+from ... import _native
+from ...errors import BackendUnavailableError, SparseHeadsWarning, UnsupportedError
 from .common import visible_span
+from .cpu import attention_cpu
 from .reference import attention_reference
 from .sdpa import attention_sdpa
 from .validation import (
@@ -66,11 +70,14 @@ def attention(
             it (FlashAttention); -1 = unlimited, alone or on a side. Positions are aligned as for is_causal.
         sinks: floating [H], one logit a head that takes part in the softmax sum and in nothing else (gpt-oss).
         backend: "reference": everything here, any number of derivatives, but masked heads cost as much as others.
+            "cpu": everything here by the C++ extension, which runs the (request, head) pairs that are on and no other,
+            and reads keys and values where they lie; first derivatives.
             "sdpa": all but softcap and sinks; the kept heads gathered, then PyTorch's SDPA. On a GPU a head_mask
             synchronises with the host once, for its count. Under a mask [B, H] the last bits of a request's output can
             depend on how many heads other requests keep.
-            "auto": sdpa, but reference for softcap, for sinks, and for a mask [B, H], where no bit of a request's
-            output may depend on other requests.
+            "auto": on a CPU with AVX-512 cpu, but sdpa for float64; elsewhere sdpa. What sdpa does not cover, and a
+            mask [B, H], where no bit of a request's output may depend on other requests, run on any CPU by cpu, and by
+            the reference on other devices, without the extension, inside torch.func transforms and in forward mode.
 
     Returns:
         [B, H, T, Dv] in the dtype of query, under autocast too. A query with every key hidden (False or -inf) gets
@@ -79,8 +86,10 @@ def attention(
     Raises:
         InvalidTypeError: an argument of the wrong type or dtype.
         InvalidArgumentError: a wrong shape, device or value, or an unknown backend. Gates are looked at on a CPU only.
-        UnsupportedError: softcap or sinks with backend "sdpa".
-        BackendUnavailableError: "cpu", "triton" and "cuda", which have no attention kernel yet.
+        UnsupportedError: softcap or sinks with backend "sdpa"; "cpu" inside torch.func transforms or in forward mode,
+            or differentiated twice.
+        BackendUnavailableError: "cpu" without the extension or for tensors elsewhere; "triton" and "cuda", which have
+            no attention kernel yet.
 
     Sources: FlashAttention 2.1 (alignment of causal masks, windows), Gemma 2, arXiv 2408.00118 (softcap), gpt-oss,
     arXiv 2508.10925 (sinks).
@@ -124,15 +133,71 @@ def attend(
     kv_heads: int64 [H], the key/value head that each query head reads; None = h // (H / H_kv).
     span: `visible_span(is_causal, window)`, how many keys before and after its own position a query sees.
     """
-    per_request = head_mask is not None and head_mask.dim() == 2
-    needs_reference = per_request or softcap is not None or sinks is not None
+    implementation = _choose(backend, query, head_mask, softcap, sinks)
     options = {"gate": gate, "attn_mask": attn_mask, "span": span, "scale": scale}
-    if kv_heads is not None:
-        key, value = key.index_select(1, kv_heads), value.index_select(1, kv_heads)
     with _without_autocast(query.device.type):
-        if backend == "reference" or (backend == "auto" and needs_reference):
+        if implementation == "cpu":
+            return attention_cpu(
+                query, key, value, head_mask, kv_heads=kv_heads, softcap=softcap, sinks=sinks, **options
+            )
+        if kv_heads is not None:
+            key, value = key.index_select(1, kv_heads), value.index_select(1, kv_heads)
+        if implementation == "reference":
             return attention_reference(query, key, value, head_mask, softcap=softcap, sinks=sinks, **options)
         return attention_sdpa(query, key, value, head_mask, **options)
+
+
+def _choose(
+    backend: str,
+    query: torch.Tensor,
+    head_mask: torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> str:
+    """One of "reference", "sdpa" and "cpu"; raises where the kernel is asked for by name and cannot run."""
+    if backend in ("reference", "sdpa"):
+        return backend
+    on_cpu = query.device.type == "cpu"
+    transformed = torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+    if backend == "cpu":
+        _native.load()
+        if not on_cpu:
+            raise BackendUnavailableError(f"backend: 'cpu' needs tensors on the CPU, got {query.device}")
+        if transformed:
+            raise UnsupportedError(
+                "backend: 'cpu' runs neither inside torch.func transforms nor in forward mode; use 'reference'"
+            )
+        return "cpu"
+    per_request = head_mask is not None and head_mask.dim() == 2
+    beyond_sdpa = per_request or softcap is not None or sinks is not None
+    if on_cpu and not transformed and (beyond_sdpa or _kernel_is_faster(query)):
+        if _native.available():
+            return "cpu"
+        if beyond_sdpa:
+            _warn_reference()
+    return "reference" if beyond_sdpa else "sdpa"
+
+
+def _kernel_is_faster(query: torch.Tensor) -> bool:
+    """Whether the kernel beats SDPA wherever both apply: measured on every shape tried, in float32, bfloat16, float16.
+
+    In float64 and without AVX-512 the kernel is the compiler's plain code, and SDPA's matrix products win.
+    """
+    return query.dtype != torch.float64 and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+_warned = False
+
+
+def _warn_reference() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"attention runs the reference: the C++ extension is not available: {_native.why_unavailable()}",
+            SparseHeadsWarning,
+            stacklevel=5,
+        )
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:

@@ -8,8 +8,8 @@ import torch
 
 from ...errors import BackendUnavailableError, UnsupportedError, describe, invalid, invalid_type
 
-BACKENDS = ("auto", "reference", "sdpa")
-NOT_BUILT = ("cpu", "triton", "cuda")
+BACKENDS = ("auto", "reference", "sdpa", "cpu")
+NOT_BUILT = ("triton", "cuda")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -23,7 +23,9 @@ def check_backend(backend: object, softcap: float | None, sinks: torch.Tensor | 
     for name, argument in (("softcap", softcap), ("sinks", sinks)):
         if backend == "sdpa" and argument is not None:
             got = describe(argument)
-            raise UnsupportedError(f"{name}: wanted None with backend 'sdpa' ('reference' takes it), got {got}")
+            raise UnsupportedError(
+                f"{name}: wanted None with backend 'sdpa' ('reference' and 'cpu' take it), got {got}"
+            )
 
 
 def check_inputs(query: object, key: object, value: object) -> None:

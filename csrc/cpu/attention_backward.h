@@ -1,0 +1,222 @@
+// The backward of one group, on one thread: its blocks one after another, so that every sum has a fixed order. The
+// probabilities are computed again from the inputs.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "attention_params.h"
+#include "cpu/attention_blocks.h"
+#include "cpu/attention_lanes.h"
+#include "cpu/attention_product.h"
+#include "cpu/attention_scores.h"
+
+namespace sparse_heads::cpu {
+
+template <class Scalar>
+struct BackwardBuffers {
+  Buffer<Scalar> keys, values, key_sums, value_sums;
+  Buffer<Scalar> query, query_rows, output, output_rows, query_gradient;
+  Buffer<Scalar> probabilities, gradients, slopes, memory;
+};
+
+// What the blocks of a group share.
+template <class Scalar>
+struct BackwardGroup {
+  const Attention<Scalar>& attention;
+  const AttentionGradients<Scalar>& wanted;
+  BackwardBuffers<Scalar>& buffers;
+  KeyRows<Scalar> keys, values;
+  int64_t head_stride, value_stride;  // columns, filled up to whole vectors
+  Scalar* key_sums;                   // [keys, head_stride], null when not wanted
+  Scalar* value_sums;                 // [keys, value_stride], null when not wanted
+};
+
+// Rows [count, stride] of a block's queries, filled up with zeros; row i times factors[i].
+template <class Math, class Scalar = typename Math::Scalar>
+SPARSE_HEADS_INLINE void load_queries(
+    const Array4& array, const Block<Scalar>& block, int64_t columns, const Scalar* factors, Scalar* out,
+    int64_t stride) {
+  for (int64_t i = 0; i < block.count; ++i) {
+    const char* row = array.at(block.request, block.head[i], block.position[i]);
+    Math::Rows::load(array.element, row, array.strides[3], columns, factors[i], out + i * stride, stride);
+  }
+}
+
+// C [keys, lanes] = the rows of one key/value head times B [columns, lanes].
+template <class Math, int kVectors, class Scalar = typename Math::Scalar>
+SPARSE_HEADS_INLINE void multiply_keys(
+    const KeyRows<Scalar>& rows, const Block<Scalar>& block, int64_t columns, const Scalar* b, Scalar* c) {
+  constexpr int64_t kWidth = kVectors * kVectorLanes<Scalar>;
+  multiply<Math, false>(
+      {rows.at(block.begin), rows.stride, b, kWidth, c, kWidth, columns, false}, block.end - block.begin, kWidth);
+}
+
+// Replaces scores by probabilities; `sink_shares` gets what the sinks take of them.
+template <class Math, int kVectors, class Scalar = typename Math::Scalar>
+SPARSE_HEADS_INLINE void softmax(
+    const Attention<Scalar>& attention, const Block<Scalar>& block, Scalar* scores, Scalar* sink_shares) {
+  constexpr int64_t kWidth = kVectors * kVectorLanes<Scalar>;
+  const int64_t keys = block.end - block.begin;
+  alignas(64) Scalar largest[kWidth], sum[kWidth], factors[kWidth], sinks[kWidth];
+  std::fill_n(largest, kWidth, -kInfinity<Scalar>);
+  std::fill_n(sum, kWidth, Scalar(0));
+  update_softmax<kVectors>(scores, keys, largest, sum, factors);
+  read_per_lane(attention.sinks, block, Scalar(0), sinks);
+  normalize(largest, sum, attention.sinks.data ? sinks : nullptr, kWidth, factors, sink_shares);
+  multiply_lanes(scores, keys, factors, kWidth);
+}
+
+// `gradients`, those of the ungated probabilities, become those of the scores, softmax and gate undone; `means` gets
+// their means under the probabilities, which are the gates' gradients, one a query.
+template <int kVectors, class Scalar>
+SPARSE_HEADS_INLINE void undo_softmax(
+    const Scalar* probabilities, int64_t keys, const Scalar* gates, Scalar* gradients, Scalar* means) {
+  constexpr int64_t kLanes = kVectorLanes<Scalar>;
+  for (int64_t first = 0; first < kVectors * kLanes; first += kLanes) {
+    Vector<Scalar> gate, p, x;
+    Vector<Scalar> mean = {};
+    load(gate, gates + first);
+    for (int64_t begin = 0; begin < keys; begin += kSumLength) {
+      Vector<Scalar> sum = {};
+      for (int64_t key = begin; key < std::min(begin + kSumLength, keys); ++key) {
+        load(p, probabilities + key * kVectors * kLanes + first);
+        load(x, gradients + key * kVectors * kLanes + first);
+        sum += p * x;
+      }
+      mean += sum;
+    }
+    store(means + first, mean);
+    for (int64_t key = 0; key < keys; ++key) {
+      load(p, probabilities + key * kVectors * kLanes + first);
+      load(x, gradients + key * kVectors * kLanes + first);
+      store(gradients + key * kVectors * kLanes + first, gate * p * (x - mean));
+    }
+  }
+}
+
+template <class Math, class Scalar = typename Math::Scalar>
+SPARSE_HEADS_INLINE void write_mask_gradient(
+    const Array4& array, const Block<Scalar>& block, const Scalar* gradients) {
+  char* rows[Block<Scalar>::kMaxLanes];
+  for (int64_t lane = 0; lane < block.count; ++lane) {
+    rows[lane] = array.at(block.request, block.head[lane], block.position[lane]) + block.begin * sizeof(Scalar);
+  }
+  Math::Rows::unpack(gradients, block.lanes(), block.count, block.end - block.begin, array.element, rows);
+}
+
+template <class Math, int kVectors, class Scalar = typename Math::Scalar>
+SPARSE_HEADS_INLINE void run_backward_block(const BackwardGroup<Scalar>& group, const Block<Scalar>& block) {
+  constexpr int64_t kWidth = kVectors * kVectorLanes<Scalar>;
+  const Attention<Scalar>& attention = group.attention;
+  const AttentionGradients<Scalar>& wanted = group.wanted;
+  BackwardBuffers<Scalar>& buffers = group.buffers;
+  const int64_t keys = block.end - block.begin;
+  const int64_t head_dim = attention.head_dim;
+  const int64_t value_dim = attention.value_dim;
+  Scalar* query = buffers.query.get(head_dim * kWidth);
+  Scalar* output = buffers.output.get(value_dim * kWidth);
+  Scalar* probabilities = buffers.probabilities.get(keys * kWidth);
+  Scalar* gradients = buffers.gradients.get(keys * kWidth);
+  Scalar* slopes = attention.softcap != 0 ? buffers.slopes.get(keys * kWidth) : nullptr;
+  Scalar* memory = attention.attn_mask.data ? buffers.memory.get(whole_vectors<Scalar>(keys * kWidth)) : nullptr;
+  alignas(64) Scalar gates[kWidth], scales[kWidth], means[kWidth], sink_shares[kWidth];
+  read_per_lane(attention.gate, block, Scalar(1), gates);
+  std::fill_n(scales, kWidth, attention.scale);
+
+  pack_queries<Math>(attention.query, block, head_dim, attention.scale, query);
+  multiply_keys<Math, kVectors>(group.keys, block, head_dim, query, probabilities);
+  finish_scores<Math, kVectors>(attention, block, block.begin, keys, probabilities, slopes, memory);
+  softmax<Math, kVectors>(attention, block, probabilities, sink_shares);
+  if (group.value_sums) {
+    // d value [keys, value_dim] += P [keys, queries] (gate dO) [queries, value_dim]
+    Scalar* rows = buffers.output_rows.get(kWidth * group.value_stride);
+    load_queries<Math>(wanted.output, block, value_dim, gates, rows, group.value_stride);
+    Scalar* sums = group.value_sums + block.begin * group.value_stride;
+    multiply<Math, false>(
+        {probabilities, kWidth, rows, group.value_stride, sums, group.value_stride, block.count, true}, keys,
+        group.value_stride);
+  }
+
+  pack_queries<Math>(wanted.output, block, value_dim, Scalar(1), output);
+  multiply_keys<Math, kVectors>(group.values, block, value_dim, output, gradients);
+  undo_softmax<kVectors>(probabilities, keys, gates, gradients, means);
+  for (int64_t i = 0; i < block.count; ++i) {
+    if (wanted.gate.data) wanted.gate.at(block.request, block.head[i]) += means[i];
+    if (wanted.sinks.data) wanted.sinks.at(block.request, block.head[i]) -= gates[i] * sink_shares[i] * means[i];
+  }
+  if (wanted.attn_mask.data) write_mask_gradient<Math>(wanted.attn_mask, block, gradients);
+  for (int64_t i = 0; slopes && i < keys * kWidth; i += kVectorLanes<Scalar>) {
+    Vector<Scalar> x, slope;
+    load(x, gradients + i);
+    load(slope, slopes + i);
+    store(gradients + i, x * slope);
+  }
+  if (wanted.query.data) {
+    // d query [head_dim, queries] = scale K^T [head_dim, keys] dS [keys, queries]
+    Scalar* sums = buffers.query_gradient.get(head_dim * kWidth);
+    for (int64_t begin = 0; begin < keys; begin += kSumLength) {
+      const int64_t depth = std::min(kSumLength, keys - begin);
+      multiply<Math, true>(
+          {group.keys.at(block.begin + begin), group.keys.stride, gradients + begin * kWidth, kWidth, sums, kWidth,
+           depth, begin > 0},
+          head_dim, kWidth);
+    }
+    multiply_lanes(sums, head_dim, scales, kWidth);
+    unpack_queries<Math>(sums, block, head_dim, wanted.query);
+  }
+  if (group.key_sums) {
+    // d key [keys, head_dim] += dS [keys, queries] (scale Q) [queries, head_dim]
+    Scalar* rows = buffers.query_rows.get(kWidth * group.head_stride);
+    load_queries<Math>(attention.query, block, head_dim, scales, rows, group.head_stride);
+    Scalar* sums = group.key_sums + block.begin * group.head_stride;
+    multiply<Math, false>(
+        {gradients, kWidth, rows, group.head_stride, sums, group.head_stride, block.count, true}, keys,
+        group.head_stride);
+  }
+}
+
+template <class Math, class Scalar = typename Math::Scalar>
+SPARSE_HEADS_INLINE void store_keys(
+    const Scalar* sums, int64_t stride, int64_t keys, int64_t columns, const HeadGroup& group, const Array4& array) {
+  for (int64_t key = 0; key < keys; ++key) {
+    Math::Rows::store(sums + key * stride, columns, array.element, array.at(group.request, group.kv_head, key));
+  }
+}
+
+template <class Math, class Scalar = typename Math::Scalar>
+SPARSE_HEADS_INLINE void run_backward_group(
+    const Attention<Scalar>& attention, const AttentionGradients<Scalar>& wanted, const HeadGroup& heads) {
+  thread_local BackwardBuffers<Scalar> buffers;
+  const int64_t keys = attention.keys;
+  const int64_t head_stride = whole_vectors<Scalar>(attention.head_dim);
+  const int64_t value_stride = whole_vectors<Scalar>(attention.value_dim);
+  Scalar* key_sums = wanted.key.data ? buffers.key_sums.get(keys * head_stride) : nullptr;
+  Scalar* value_sums = wanted.value.data ? buffers.value_sums.get(keys * value_stride) : nullptr;
+  if (key_sums) std::fill_n(key_sums, keys * head_stride, Scalar(0));
+  if (value_sums) std::fill_n(value_sums, keys * value_stride, Scalar(0));
+  const BackwardGroup<Scalar> group{
+      attention,
+      wanted,
+      buffers,
+      read_rows<Math>(attention.key, heads.request, heads.kv_head, 0, keys, attention.head_dim, buffers.keys),
+      read_rows<Math>(attention.value, heads.request, heads.kv_head, 0, keys, attention.value_dim, buffers.values),
+      head_stride,
+      value_stride,
+      key_sums,
+      value_sums};
+  const Blocks<Scalar> blocks(attention, heads);
+  for (int64_t i = 0; i < blocks.count(); ++i) {
+    const Block<Scalar> block = blocks.get(i);
+    if (block.begin >= block.end) continue;  // its gradients are the zeros that are there
+    if (block.vectors == 2) {
+      run_backward_block<Math, 2>(group, block);
+    } else {
+      run_backward_block<Math, 1>(group, block);
+    }
+  }
+  if (key_sums) store_keys<Math>(key_sums, head_stride, keys, attention.head_dim, heads, wanted.key);
+  if (value_sums) store_keys<Math>(value_sums, value_stride, keys, attention.value_dim, heads, wanted.value);
+}
+
+}  // namespace sparse_heads::cpu

@@ -1,0 +1,179 @@
+// Scores of one block, [keys, lanes] row-major: masks and softmax, every lane for itself.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "attention_params.h"
+#include "cpu/attention_blocks.h"
+#include "cpu/attention_product.h"
+#include "cpu/attention_vectors.h"
+
+namespace sparse_heads::cpu {
+
+// scores = softcap * tanh(scores / softcap), and the derivatives into `slopes` unless it is null.
+template <class Scalar>
+SPARSE_HEADS_INLINE void cap(Scalar softcap, Scalar* scores, Scalar* slopes, int64_t size) {
+  for (int64_t i = 0; i < size; i += kVectorLanes<Scalar>) {
+    Vector<Scalar> x;
+    load(x, scores + i);
+    x = x / softcap;
+    tangent(x);
+    if (slopes) store(slopes + i, 1 - x * x);
+    store(scores + i, x * softcap);
+  }
+}
+
+// A bool mask replaces what it hides, NaN too; it comes as 0 and -infinity. Other masks are added.
+template <class Scalar>
+SPARSE_HEADS_INLINE void mask_vector(bool is_bool, const Vector<Scalar>& mask, Scalar* score) {
+  Vector<Scalar> x;
+  load(x, score);
+  if (is_bool) {
+    x = mask < 0 ? mask : x;
+  } else {
+    x += mask;
+  }
+  store(score, x);
+}
+
+// `memory`: room for as many numbers as `scores` has.
+template <class Math, int kVectors, class Scalar = typename Math::Scalar>
+SPARSE_HEADS_INLINE void apply_attn_mask(
+    const Attention<Scalar>& attention, const Block<Scalar>& block, int64_t first_key, int64_t keys, Scalar* scores,
+    Scalar* memory) {
+  constexpr int64_t kLanes = kVectorLanes<Scalar>;
+  const Array4& mask = attention.attn_mask;
+  const bool is_bool = mask.element == Element::kBool;
+  const int64_t offset = first_key * mask.strides[3] * element_size(mask.element);
+  const char* rows[kVectors * kLanes];
+  bool alike = true;
+  for (int64_t lane = 0; lane < kVectors * kLanes; ++lane) {
+    rows[lane] = mask.at(block.request, block.head[lane], block.position[lane]) + offset;
+    alike = alike && rows[lane] == rows[0];
+  }
+  if (alike) {
+    Math::Rows::load(mask.element, rows[0], mask.strides[3], keys, 1, memory, whole_vectors<Scalar>(keys));
+  } else {
+    Math::Rows::pack(mask.element, rows, mask.strides[3], keys, 1, memory, kVectors * kLanes);
+  }
+  for (int64_t key = 0; key < keys; ++key) {
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t i = (key * kVectors + v) * kLanes;
+      Vector<Scalar> values;
+      if (alike) {
+        values = Vector<Scalar>{} + memory[key];
+      } else {
+        load(values, memory + i);
+      }
+      mask_vector(is_bool, values, scores + i);
+    }
+  }
+}
+
+// Hides the keys outside each query's span.
+template <int kVectors, class Scalar>
+SPARSE_HEADS_INLINE void apply_span(const Block<Scalar>& block, int64_t first_key, int64_t keys, Scalar* scores) {
+  constexpr int64_t kLanes = kVectorLanes<Scalar>;
+  if (first_key >= block.common_begin && first_key + keys <= block.common_end) return;
+  for (int v = 0; v < kVectors; ++v) {
+    Integers<Scalar> first, last;
+    load(first, block.first_key + v * kLanes);
+    load(last, block.last_key + v * kLanes);
+    for (int64_t i = 0; i < keys; ++i) {
+      const int64_t key = first_key + i;
+      if (key >= block.common_begin && key < block.common_end) continue;
+      const Integers<Scalar> own = Integers<Scalar>{} + static_cast<Integer<Scalar>>(key);
+      Scalar* score = scores + (i * kVectors + v) * kLanes;
+      Vector<Scalar> x;
+      load(x, score);
+      x = own < first ? Vector<Scalar>{} - kInfinity<Scalar> : x;
+      x = own > last ? Vector<Scalar>{} - kInfinity<Scalar> : x;
+      store(score, x);
+    }
+  }
+}
+
+// Everything between the product and the softmax.
+template <class Math, int kVectors, class Scalar = typename Math::Scalar>
+SPARSE_HEADS_INLINE void finish_scores(
+    const Attention<Scalar>& attention, const Block<Scalar>& block, int64_t first_key, int64_t keys, Scalar* scores,
+    Scalar* slopes, Scalar* memory) {
+  if (attention.softcap != 0) cap(attention.softcap, scores, slopes, keys * block.lanes());
+  if (attention.attn_mask.data) {
+    apply_attn_mask<Math, kVectors>(attention, block, first_key, keys, scores, memory);
+  }
+  apply_span<kVectors>(block, first_key, keys, scores);
+}
+
+// What is subtracted before exponentiating: without a visible key the largest score is -infinity, whose difference
+// with itself is NaN.
+template <class Scalar>
+SPARSE_HEADS_INLINE void make_finite(Vector<Scalar>& largest) {
+  largest = largest == -kInfinity<Scalar> ? Vector<Scalar>{} : largest;
+}
+
+// Replaces scores by exp(score - largest), where `largest` counts the keys seen before too; updates `largest` and
+// `sum`, and gives the factor by which earlier results shrink.
+template <int kVectors, class Scalar>
+SPARSE_HEADS_INLINE void update_softmax(
+    Scalar* scores, int64_t keys, Scalar* largest, Scalar* sum, Scalar* shrinking) {
+  constexpr int64_t kLanes = kVectorLanes<Scalar>;
+  Vector<Scalar> before[kVectors], top[kVectors], total[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    load(before[v], largest + v * kLanes);
+    top[v] = before[v];
+  }
+  for (int64_t key = 0; key < keys; ++key) {
+    for (int v = 0; v < kVectors; ++v) {
+      Vector<Scalar> x;
+      load(x, scores + (key * kVectors + v) * kLanes);
+      top[v] = x > top[v] ? x : top[v];
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    store(largest + v * kLanes, top[v]);
+    make_finite<Scalar>(top[v]);
+    Vector<Scalar> factor = before[v] - top[v];
+    exponentiate(factor);
+    store(shrinking + v * kLanes, factor);
+    load(total[v], sum + v * kLanes);
+    total[v] *= factor;
+  }
+  for (int64_t key = 0; key < keys; ++key) {
+    for (int v = 0; v < kVectors; ++v) {
+      Scalar* score = scores + (key * kVectors + v) * kLanes;
+      Vector<Scalar> x;
+      load(x, score);
+      x -= top[v];
+      exponentiate(x);
+      total[v] += x;
+      store(score, x);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) store(sum + v * kLanes, total[v]);
+}
+
+// The numbers that make exp(score - largest) probabilities: 0 for a query that sees no key. `sinks` may be null; else
+// `sink_shares` gets the sinks' own probabilities.
+template <class Scalar>
+SPARSE_HEADS_INLINE void normalize(
+    const Scalar* largest, const Scalar* sum, const Scalar* sinks, int64_t lanes, Scalar* factors,
+    Scalar* sink_shares) {
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    const bool sees_a_key = sum[lane] != 0;
+    if (sinks) {
+      const Scalar top = std::max(largest[lane], sinks[lane]);
+      const Scalar shrinking = sees_a_key ? std::exp(largest[lane] - top) : 0;
+      const Scalar sink = sees_a_key ? std::exp(sinks[lane] - top) : 0;
+      const Scalar total = sum[lane] * shrinking + sink;
+      factors[lane] = sees_a_key ? shrinking / total : 0;
+      sink_shares[lane] = sees_a_key ? sink / total : 0;
+    } else {
+      factors[lane] = sees_a_key ? 1 / sum[lane] : 0;
+    }
+  }
+}
+
+}  // namespace sparse_heads::cpu
