@@ -57,7 +57,8 @@ def run_demo(model: str, text: Path | None, device: str, out: Path, seed: int, s
     content = json.dumps(results, indent=2, allow_nan=False).encode() + b"\n"
     write_whole({out / "demo.json": content, out / "demo.png": results_picture(results)})
     for table in (results_table, requests_quality_table, requests_speed_table):
-        console.print(table(results), end="\n\n")
+        console.print(table(results))
+        console.print()
     console.print(closing_words(out, subset, results), highlight=False, soft_wrap=True)
 
 
