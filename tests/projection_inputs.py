@@ -34,6 +34,11 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
+def draw_masks(batch: int, heads: int, seed: int = 0) -> Tensor:
+    """bool `[batch, heads]`: each head on or off by chance."""
+    return draw(batch, heads, seed=seed) > 0
+
+
 def draw_weights(
     sizes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float64, seed: int = 10
 ) -> tuple[Tensor, ...]:

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from projection_inputs import (
     MASKS,
+    PER_REQUEST,
     draw,
+    draw_masks,
     draw_weights,
     group_mask,
     naive_in_projection,
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 FEW_TOKENS = [(1, tokens) for tokens in range(1, 18)]
 SOME_TOKENS = [(1, 1), (1, 4), (1, 8), (1, 9), (1, 17), (3, 11), (2, 65)]
 MORE_TOKENS = [(3, 11), (7, 9), (3, 37), (2, 65), (3, 171)]
+ALL_MASKS = [*MASKS, "per request", "none per request"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -127,18 +130,40 @@ def test_output_projection_of_every_number_of_tokens(width, head_dim, heads, bat
     check_out_projection(inputs, weight, draw(width, seed=5), kept_and_all(heads)["scattered"], compact=tokens % 2 == 0)
 
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    ("width", "head_dim", "heads", "kv_heads", "batch", "tokens"),
+    [(50, 8, 6, 3, 5, tokens) for tokens in (*range(1, 19), 33, 65, 128)]
+    + [(100, 20, 5, 5, 9, tokens) for tokens in (1, 4, 9, 17)]
+    + [(512, 8, 4, 2, 4, tokens) for tokens in (3, 16, 33)]
+    # More columns than are packed at once.
+    + [(1600, 64, 25, 5, 3, tokens) for tokens in (2, 12, 40)],
+)
+def test_requests_with_masks_of_their_own(width, head_dim, heads, kv_heads, batch, tokens):
+    head_mask = draw_masks(batch, heads)
+    head_mask[1] = head_mask[0]
+    head_mask[2] = False
+    x = draw(batch, tokens, width, dtype=torch.float32)
+    counts = (heads, kv_heads, kv_heads)
+    weights = draw_weights([(count * head_dim, width) for count in counts], torch.float32)
+    biases = [draw(heads * head_dim, seed=5), None, draw(kv_heads * head_dim, seed=6)]
+    check_in_projection(x, weights, biases, head_mask, head_dim)
+    (weight,) = draw_weights([(width, heads * head_dim)], torch.float32)
+    inputs = draw(batch, heads, tokens, head_dim, dtype=torch.float32)
+    check_out_projection(inputs, weight, draw(width, seed=5), head_mask)
+
+
+@pytest.mark.parametrize("head_mask", [*MASKS.values(), PER_REQUEST[:3], PER_REQUEST[[1, 1, 1]]], ids=ALL_MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 11])
-def test_dtypes_and_masks(dtype, name, tokens):
-    head_mask, gate = MASKS[name], draw(6, seed=7)
+def test_dtypes_and_masks(dtype, head_mask, tokens):
+    gate = draw(6, seed=7)
     gate[0] = 0
     weights = draw_weights([(48, 50), (24, 50), (24, 50)])
     check_in_projection(draw(3, tokens, 50).to(dtype), weights, (draw(48), None, draw(24)), head_mask, 8)
     (weight,) = draw_weights([(50, 48)])
     heads = draw(3, 6, tokens, 8).to(dtype)
     check_out_projection(heads, weight, draw(50), head_mask)
-    check_out_projection(heads, weight, None, head_mask, gate=gate, compact=True)
+    check_out_projection(heads, weight, None, head_mask, gate=gate, compact=head_mask.dim() == 1)
 
 
 LAYOUTS = {
@@ -155,9 +180,10 @@ LAYOUTS = {
 @pytest.mark.parametrize("tokens", [2, 19])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_layouts(layout, tokens, dtype):
+@pytest.mark.parametrize("head_mask", [MASKS["runs"], PER_REQUEST[:3]], ids=["shared", "per request"])
+def test_layouts(head_mask, layout, tokens, dtype):
     """However the numbers lie in memory, the result is as exact; what lies between them is not used."""
-    arrange, head_mask = LAYOUTS[layout], MASKS["runs"]
+    arrange = LAYOUTS[layout]
     x, (weight,), bias = draw(3, tokens, 50, dtype=dtype), draw_weights([(48, 50)], dtype), draw(48, dtype=dtype)
     arranged_bias = torch.stack([bias, bias], 1)[:, 0]
     heads, (out_weight,) = draw(3, 6, tokens, 8, dtype=dtype), draw_weights([(50, 48)], dtype)
@@ -193,11 +219,13 @@ def test_expanded_inputs():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 5, 31, 263])
-def test_twenty_runs_give_the_same_bits(tokens, dtype):
+@pytest.mark.parametrize("per_request", [False, True], ids=["shared", "per request"])
+def test_twenty_runs_give_the_same_bits(per_request, tokens, dtype):
     weights = draw_weights([(12 * 16, 192)] * 3, dtype)
     (out_weight,) = draw_weights([(192, 12 * 16)], dtype)
-    mask = kept_and_all(12)["scattered"]
-    leaves = {"x": draw(1, tokens, 192), "a": weights[0], "b": weights[1], "c": weights[2], "out": out_weight}
+    mask = draw_masks(3, 12) if per_request else kept_and_all(12)["scattered"]
+    x = draw(3 if per_request else 1, tokens, 192)
+    leaves = {"x": x, "a": weights[0], "b": weights[1], "c": weights[2], "out": out_weight}
 
     def block(x, a, b, c, out):
         query, key, value = sh.in_projection(x, (a, b, c), None, mask, head_dim=16, backend="cpu")
@@ -210,17 +238,19 @@ def test_twenty_runs_give_the_same_bits(tokens, dtype):
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 31, 263])
-def test_the_number_of_threads_changes_no_bit(tokens):
-    x, (weight,) = draw(1, tokens, 900, dtype=torch.float32), draw_weights([(900, 900)], torch.float32)
-    mask = kept_and_all(60)["scattered"]
+@pytest.mark.parametrize("mask", [kept_and_all(60)["scattered"], draw_masks(3, 60)], ids=["shared", "per request"])
+def test_the_number_of_threads_changes_no_bit(mask, tokens):
+    batch = mask.shape[0] if mask.dim() == 2 else 1
+    x, (weight,) = draw(batch, tokens, 900, dtype=torch.float32), draw_weights([(900, 900)], torch.float32)
 
     def block():
         (heads,) = sh.in_projection(x, (weight,), None, mask, head_dim=15, backend="cpu")
         return heads, sh.out_projection(heads, weight, None, mask, backend="cpu")
 
     by_two = block()
-    torch.set_num_threads(1)
-    assert all(torch.equal(*pair) for pair in zip(by_two, block(), strict=True))
+    for threads in (1, 3, 8):
+        torch.set_num_threads(threads)
+        assert all(torch.equal(*pair) for pair in zip(by_two, block(), strict=True))
 
 
 @st.composite
@@ -228,14 +258,19 @@ def problems(draw_from):
     head_dim = draw_from(st.integers(1, 40))
     heads = draw_from(st.sampled_from([1, 2, 4, 6, 12]))
     kv_heads = draw_from(st.sampled_from([count for count in (1, 2, 4, 6, 12) if heads % count == 0]))
-    mask = torch.tensor(draw_from(st.lists(st.booleans(), min_size=heads, max_size=heads)))
-    sizes = draw_from(st.integers(1, 3)), draw_from(st.integers(1, 40)), draw_from(st.integers(1, 300))
+    row = st.lists(st.booleans(), min_size=heads, max_size=heads)
+    # Few rows to choose from, so that requests often have equal ones.
+    rows = draw_from(st.lists(row, min_size=1, max_size=4))
+    sizes = draw_from(st.integers(1, 6)), draw_from(st.integers(1, 40)), draw_from(st.integers(1, 300))
+    mask = torch.tensor(rows[0])
+    if draw_from(st.booleans()):
+        mask = torch.tensor([draw_from(st.sampled_from(rows)) for _ in range(sizes[0])])
     return head_dim, kv_heads, mask, sizes, draw_from(st.booleans()), draw_from(st.integers(0, 1000))
 
 
 def check_problem(problem):
     head_dim, kv_heads, mask, (batch, tokens, width), with_bias, seed = problem
-    counts = (mask.shape[0], kv_heads, kv_heads)
+    counts = (mask.shape[-1], kv_heads, kv_heads)
     weights = draw_weights([(count * head_dim, width) for count in counts], torch.float32, seed)
     biases = [draw(count * head_dim, seed=seed) if with_bias else None for count in counts]
     x = draw(batch, tokens, width, seed=seed, dtype=torch.float32)
@@ -243,7 +278,7 @@ def check_problem(problem):
     (weight,) = draw_weights([(width, counts[0] * head_dim)], torch.float32, seed)
     heads = draw(batch, counts[0], tokens, head_dim, seed=seed + 1, dtype=torch.float32)
     bias = draw(width, seed=seed) if with_bias else None
-    check_out_projection(heads, weight, bias, mask, compact=with_bias, by_bound_only=True)
+    check_out_projection(heads, weight, bias, mask, compact=with_bias and mask.dim() == 1, by_bound_only=True)
 
 
 @settings(max_examples=25)

@@ -267,6 +267,45 @@ def test_the_in_projection_operator_refuses(position, value, message):
         torch.ops.sparse_heads.in_projection_forward(*arguments)
 
 
+REQUEST_MASK = MASK.expand(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, X[0], "x: wanted dimensions 3, got 2"),
+        (1, [WEIGHT.half()], r"weights\[0\]: wanted the dtype of the input, Float, got Half"),
+        (3, [], "masks: wanted length 1, got 0"),
+        (3, [MASK], r"masks\[0\]: wanted a bool tensor of two dimensions on the CPU, got 1 dimensions of Bool"),
+        (3, [REQUEST_MASK.int()], r"masks\[0\]: wanted a bool tensor of two dimensions .* of Int"),
+        (3, [REQUEST_MASK[:1]], r"masks\[0\]: wanted rows, one a request, 2, got 1"),
+        (3, [REQUEST_MASK[:, :3]], r"masks\[0\]: wanted columns, one a head, 4, got 3"),
+    ],
+)
+def test_the_in_projection_operator_per_request_refuses(position, value, message):
+    arguments = [X, [WEIGHT], [BIAS], [REQUEST_MASK], 2]
+    arguments[position] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.sparse_heads.in_projection_per_request_forward(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, X, "heads: wanted columns 8, got 5"),
+        (0, X[0], "heads: wanted dimensions 3, got 2"),
+        (2, OUT_BIAS[:3], "bias: wanted size 5, got 3"),
+        (3, MASK, "mask: wanted a bool tensor of two dimensions on the CPU, got 1 dimensions of Bool"),
+        (3, MASK.expand(3, 4), "mask: wanted rows, one a request, 2, got 3"),
+    ],
+)
+def test_the_out_projection_operator_per_request_refuses(position, value, message):
+    arguments = [RAW["heads"][0], OUT_WEIGHT, OUT_BIAS, REQUEST_MASK, 2]
+    arguments[position] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.sparse_heads.out_projection_per_request_forward(*arguments)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def extension():
     _native.load()

@@ -26,7 +26,17 @@ def run(case: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "case", ["in_projection", "in_projection_512", "in_projection_with_bias", "out_projection", "bert"]
+    "case",
+    [
+        "in_projection",
+        "in_projection_512",
+        "in_projection_with_bias",
+        "in_projection_per_request",
+        "in_projection_with_bias_per_request",
+        "out_projection",
+        "out_projection_per_request",
+        "bert",
+    ],
 )
 def test_kernels_do_not_read_what_masked_heads_own(case):
     result = run(case)

@@ -7,6 +7,7 @@ runs CASE; it prints "protected" before and "done" after.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import mmap
 import resource
@@ -22,6 +23,8 @@ from sparse_heads.testing import assert_close_to_reference
 PROT_NONE = 0
 MASK = torch.tensor([True, False, True, True, False, False])
 HEADS = MASK.shape[0]
+# Masks of their own for three requests, who run the same heads between them.
+REQUESTS = torch.tensor([[1, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [1, 0, 1, 1, 0, 0]]).bool()
 # Every kernel that the number of tokens may choose, and the borders of blocks of tokens.
 TOKENS = [*range(1, 18), 31, 33, 63, 111, 130, 513]
 
@@ -72,15 +75,16 @@ def check(run: Callable, mapped: list[torch.Tensor], plain: list[torch.Tensor]) 
         assert_close_to_reference(actual, low, exact)
 
 
-def in_projection(dtype: torch.dtype, head_dim: int = 64, width: int = 64) -> None:
+def in_projection(dtype: torch.dtype, head_dim: int = 64, width: int = 64, mask: torch.Tensor = MASK) -> None:
     plain = [(torch.randn(HEADS * head_dim, width) / width**0.5).to(dtype) for _ in range(3)]
     mapped = [forbid_rows(Mapped(weight)).requires_grad_() for weight in plain]
     print("protected", flush=True)
+    per_head = [weight.double().unflatten(0, (HEADS, head_dim)) for weight in plain]
     for tokens in TOKENS:
-        x = torch.randn(1, tokens, width).to(dtype)
+        x = torch.randn(mask.reshape(-1, HEADS).shape[0], tokens, width).to(dtype)
 
         def run(x, query, key, value, backend):
-            return sh.in_projection(x, (query, key, value), None, MASK, head_dim=head_dim, backend=backend)
+            return sh.in_projection(x, (query, key, value), None, mask, head_dim=head_dim, backend=backend)
 
         with torch.no_grad():
             check(run, [x, *mapped], [x, *plain])
@@ -89,14 +93,14 @@ def in_projection(dtype: torch.dtype, head_dim: int = 64, width: int = 64) -> No
         for weight in mapped:
             gradient, weight.grad = weight.grad.unflatten(0, (HEADS, head_dim)), None
             assert (gradient[~MASK] == 0).all() and (gradient[MASK] != 0).any()
-        rows = [weight.double().unflatten(0, (HEADS, head_dim))[MASK].flatten(0, 1) for weight in plain]
-        rows = torch.cat(rows)
-        # As many roundings as rows are added up, at most.
-        bound = rows.abs().sum(0) * rows.shape[0] * torch.finfo(dtype).eps / 2
-        assert ((x.grad - rows.sum(0)).abs() <= bound).all()
+        for gradient, runs in zip(x.grad, mask.reshape(-1, HEADS), strict=True):
+            rows = torch.cat([weight[runs].flatten(0, 1) for weight in per_head])
+            # As many roundings as rows are added up, at most.
+            bound = rows.abs().sum(0) * rows.shape[0] * torch.finfo(dtype).eps / 2
+            assert ((gradient - rows.sum(0)).abs() <= bound).all()
 
 
-def in_projection_with_bias() -> None:
+def in_projection_with_bias(mask: torch.Tensor = MASK) -> None:
     """Heads so wide that each fills a page of the bias too."""
     head_dim, width = 1024, 4
     plain = [torch.randn(HEADS * head_dim, width), torch.randn(HEADS * head_dim)]
@@ -104,10 +108,10 @@ def in_projection_with_bias() -> None:
     print("protected", flush=True)
 
     def run(x, weight, bias, backend):
-        return [sh.in_projection(x, weight, bias, MASK, head_dim=head_dim, backend=backend)]
+        return [sh.in_projection(x, weight, bias, mask, head_dim=head_dim, backend=backend)]
 
     for tokens in (1, 5, 9, 40):
-        x = torch.randn(2, tokens, width)
+        x = torch.randn(3, tokens, width)
         with torch.no_grad():
             check(run, [x, *mapped], [x, *plain])
         run(x, *mapped, backend="cpu")[0].sum().backward()
@@ -133,6 +137,32 @@ def out_projection() -> None:
         assert (mapped_heads.grad.view(tokens, HEADS, head_dim)[:, ~MASK] == 0).all()
 
 
+def out_projection_per_request() -> None:
+    """As `out_projection`, with every request's own masked heads forbidden in its tokens."""
+    head_dim, width = 1024, 5
+    weight = torch.randn(width, HEADS * head_dim)
+    mapped_weight = forbid_columns(Mapped(weight)).requires_grad_()
+    print("protected", flush=True)
+
+    def run(heads, weight, backend):
+        return [sh.out_projection(heads.transpose(1, 2), weight, None, REQUESTS, backend=backend)]
+
+    for tokens in (1, 5, 8, 9, 17, 40):
+        heads = torch.randn(REQUESTS.shape[0], tokens, HEADS, head_dim)
+        mapped = Mapped(heads)
+        for request, mask in enumerate(REQUESTS):
+            for row in range(tokens):
+                for head in (~mask).nonzero()[:, 0].tolist():
+                    mapped.forbid(((request * tokens + row) * HEADS + head) * head_dim, head_dim)
+        mapped_heads = mapped.tensor.requires_grad_()
+        with torch.no_grad():
+            check(run, [mapped_heads, mapped_weight], [heads, weight])
+        run(mapped_heads, mapped_weight, backend="cpu")[0].sum().backward()
+        assert (mapped_heads.grad.transpose(1, 2)[~REQUESTS] == 0).all()
+        assert (mapped_heads.grad.transpose(1, 2)[REQUESTS] != 0).any((1, 2)).all()
+        assert (mapped_weight.grad.unflatten(1, (HEADS, -1))[:, ~MASK] == 0).all()
+
+
 def fenced(*size: int) -> torch.Tensor:
     """A tensor whose last number is the last that may be read: the next page is forbidden."""
     pages = -(-math.prod(size) * 4 // mmap.PAGESIZE) + 1
@@ -146,16 +176,17 @@ def ends() -> None:
     """Sizes that fill no vector and no tile, against the end of what may be read."""
     last = torch.tensor([False] * (HEADS - 1) + [True])
     print("protected", flush=True)
-    for width, head_dim in ((1, 1), (37, 5), (515, 17), (512, 3)):
+    sizes = ((1, 1), (37, 5), (515, 17), (512, 3))
+    for (width, head_dim), mask in itertools.product(sizes, (last, last.unsqueeze(0))):
         columns = HEADS * head_dim
         weight, bias = fenced(columns, width), fenced(columns)
         out_weight, out_bias = fenced(width, columns), fenced(width)
         for tokens in TOKENS:
             x, heads = fenced(1, tokens, width), fenced(1, tokens, HEADS, head_dim)
 
-            def run(x, weight, bias, heads, out_weight, out_bias, head_dim=head_dim):
-                projected = sh.in_projection(x, weight, bias, last, head_dim=head_dim, backend="cpu")
-                return projected, sh.out_projection(heads.transpose(1, 2), out_weight, out_bias, last, backend="cpu")
+            def run(x, weight, bias, heads, out_weight, out_bias, head_dim=head_dim, mask=mask):
+                projected = sh.in_projection(x, weight, bias, mask, head_dim=head_dim, backend="cpu")
+                return projected, sh.out_projection(heads.transpose(1, 2), out_weight, out_bias, mask, backend="cpu")
 
             tensors = [x, weight, bias, heads, out_weight, out_bias]
             for actual, expected in zip(run(*tensors), run(*map(torch.clone, tensors)), strict=True):
@@ -216,7 +247,13 @@ CASES = {
     "in_projection": lambda: [in_projection(torch.float32), in_projection(torch.bfloat16)],
     "in_projection_512": lambda: in_projection(torch.float32, head_dim=8, width=512),
     "in_projection_with_bias": in_projection_with_bias,
+    "in_projection_per_request": lambda: [
+        in_projection(torch.float32, mask=REQUESTS),
+        in_projection(torch.bfloat16, mask=REQUESTS),
+    ],
+    "in_projection_with_bias_per_request": lambda: in_projection_with_bias(REQUESTS),
     "out_projection": out_projection,
+    "out_projection_per_request": out_projection_per_request,
     "ends": ends,
     "dense_in_projection": dense_in_projection,
     "dense_out_projection": dense_out_projection,
