@@ -104,6 +104,8 @@ def limit_text(figure: Figure) -> str:
 
 def figures_table(figures: list[Figure]) -> str:
     """Every figure with its interval and verdict."""
+    if not figures:
+        return "None of the timed cases has a figure to reach."
     rows = [
         [one.title, limit_text(one), str(one.found), one.where, "met" if one.met else "**missed**"] for one in figures
     ]
