@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/attention_few.h"
 #include "cpu/attention_kernels.h"
 
 namespace sparse_heads::cpu {
@@ -11,6 +12,7 @@ namespace {
 
 #if SPARSE_HEADS_HAVE_AVX512
 SPARSE_HEADS_AVX512 void run_unit_on_avx512(const Attention<float>& attention, const ForwardUnit& unit) {
+  if (few_suit(attention, *unit.group)) return run_few_group(attention, *unit.group);
   run_forward_unit<Avx512>(attention, unit);
 }
 #endif

@@ -109,7 +109,7 @@ struct BaselineRows {
 };
 
 #if SPARSE_HEADS_HAVE_AVX512
-// The first `count` elements of a row; lanes beyond are unspecified numbers.
+// The first `count` elements of a row, and zeros.
 SPARSE_HEADS_AVX512_INLINE __m512 load16(const float* row, int64_t count) {
   return _mm512_maskz_loadu_ps(first_lanes(count), row);
 }
