@@ -190,7 +190,7 @@ def ends() -> None:
 
             tensors = [x, weight, bias, heads, out_weight, out_bias]
             for actual, expected in zip(run(*tensors), run(*map(torch.clone, tensors)), strict=True):
-                assert torch.equal(actual, expected)
+                torch.testing.assert_close(actual, expected)
 
 
 def dense_in_projection() -> None:

@@ -68,7 +68,26 @@ class RequestMasks {
     return blocks;
   }
 
+  // The one of both cuts that costs less as products of all tokens of a block with all its heads' rows.
+  std::vector<MaskBlock> cheaper_blocks(int64_t tokens, int64_t head_dim) const {
+    std::vector<MaskBlock> of_requests = blocks_of_requests();
+    std::vector<MaskBlock> of_heads = blocks_of_heads();
+    return cost(of_heads, tokens, head_dim) < cost(of_requests, tokens, head_dim) ? of_heads : of_requests;
+  }
+
  private:
+  // In rows: of whole panels of tokens, and of packing, which takes as long as a tile of rows.
+  static int64_t cost(const std::vector<MaskBlock>& blocks, int64_t tokens, int64_t head_dim) {
+    constexpr int64_t kPanelTokens = 16;
+    constexpr int64_t kPackingRows = 16;
+    int64_t rows = 0;
+    for (const MaskBlock& block : blocks) {
+      const int64_t panels = ceil_divide(static_cast<int64_t>(block.requests.size()) * tokens, kPanelTokens);
+      rows += panels * (static_cast<int64_t>(block.heads.size()) * head_dim + kPackingRows);
+    }
+    return rows;
+  }
+
   static std::vector<std::vector<int64_t>> equal_rows(const std::vector<char>& matrix, int64_t rows, int64_t columns) {
     std::vector<std::vector<int64_t>> classes;
     std::unordered_map<std::string_view, size_t> known;

@@ -50,9 +50,9 @@ void add_rows(const Tensor& target, const Tensor& matrix) {
 }
 
 // The tokens of some requests of tensors [B, T, columns]: views of neighbours, copies of others.
-class Tokens {
+class RequestTokens {
  public:
-  Tokens(const Tensor& batch, const std::vector<int64_t>& requests)
+  RequestTokens(const Tensor& batch, const std::vector<int64_t>& requests)
       : first_(requests.front()), count_(static_cast<int64_t>(requests.size())) {
     if (requests.back() - first_ + 1 == count_) return;
     index_ = torch::stable::new_empty(batch, {count_}, ScalarType::Long);
@@ -103,7 +103,7 @@ Tensor in_dtype_of(const Tensor& input, const Tensor& gradient) {
                                                        : torch::stable::to(gradient, input.scalar_type());
 }
 
-// One weight's share of the gradients, from what one block of requests sends back to some of its heads.
+// One weight and its gradients; its heads are columns `first_head` and on of the masks.
 struct InWeight {
   Tensor weight;
   Tensor grad;
@@ -111,18 +111,45 @@ struct InWeight {
   std::optional<Tensor> grad_bias;
   int64_t first_head;
   int64_t heads;
-
-  void add(
-      const Tokens& tokens, const Tensor& inputs, const std::optional<Tensor>& grad_inputs, const HeadRun& run,
-      int64_t head_dim) const {
-    const int64_t first = run.first_head * head_dim;
-    const int64_t rows = run.heads * head_dim;
-    const Tensor outputs = widen(tokens.read(slice(grad, 2, first, rows)));
-    if (grad_inputs) add_product(*grad_inputs, outputs, widen(slice(weight, 0, first, rows)));
-    if (grad_weight) add_product(slice(*grad_weight, 0, first, rows), transpose(outputs), inputs);
-    if (grad_bias) add_rows(slice(*grad_bias, 0, first, rows), outputs);
-  }
 };
+
+Tensor in_projection_input_gradient(
+    const Tensor& x, const std::vector<InWeight>& ins, const RequestMasks& masks, int64_t head_dim) {
+  const Tensor gradient = zeros(x, {x.size(0), x.size(1), x.size(2)});
+  for (const MaskBlock& block : masks.blocks_of_requests()) {
+    if (block.heads.empty()) continue;
+    const RequestTokens tokens(x, block.requests);
+    const Tensor sums = tokens.accumulator(gradient);
+    for (const InWeight& in : ins) {
+      for (const HeadRun& run : runs_within(block.heads, in.first_head, in.heads)) {
+        const int64_t first = run.first_head * head_dim;
+        const int64_t rows = run.heads * head_dim;
+        add_product(sums, widen(tokens.read(slice(in.grad, 2, first, rows))), widen(slice(in.weight, 0, first, rows)));
+      }
+    }
+    tokens.store(sums, gradient);
+  }
+  return in_dtype_of(x, gradient);
+}
+
+void add_parameter_gradients(
+    const Tensor& x, const std::vector<InWeight>& ins, const RequestMasks& masks, int64_t head_dim) {
+  for (const MaskBlock& block : masks.cheaper_blocks(x.size(1), head_dim)) {
+    if (block.heads.empty() || block.requests.empty()) continue;
+    const RequestTokens tokens(x, block.requests);
+    const Tensor inputs = widen(tokens.read(x));
+    for (const InWeight& in : ins) {
+      if (!in.grad_weight && !in.grad_bias) continue;
+      for (const HeadRun& run : runs_within(block.heads, in.first_head, in.heads)) {
+        const int64_t first = run.first_head * head_dim;
+        const int64_t rows = run.heads * head_dim;
+        const Tensor outputs = widen(tokens.read(slice(in.grad, 2, first, rows)));
+        if (in.grad_weight) add_product(slice(*in.grad_weight, 0, first, rows), transpose(outputs), inputs);
+        if (in.grad_bias) add_rows(slice(*in.grad_bias, 0, first, rows), outputs);
+      }
+    }
+  }
+}
 
 // The gradients that are needed, of x, then of the weights, then of the biases.
 std::vector<Tensor> in_projection_backward(
@@ -134,8 +161,6 @@ std::vector<Tensor> in_projection_backward(
   check_equal({"need_weights"}, "length", need_weights.size(), weights.size());
   check_equal({"need_biases"}, "length", need_biases.size(), weights.size());
   const RequestMasks all_masks = join_masks(x.size(0), masks, weights, head_dim);
-  std::optional<Tensor> grad_x;
-  if (need_x) grad_x = zeros(x, {x.size(0), x.size(1), x.size(2)});
   std::vector<InWeight> ins;
   int64_t first_head = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -146,22 +171,11 @@ std::vector<Tensor> in_projection_backward(
     first_head += rows / head_dim;
   }
 
-  for (const MaskBlock& block : all_masks.blocks_of_requests()) {
-    if (block.heads.empty()) continue;
-    const Tokens tokens(x, block.requests);
-    const Tensor inputs = widen(tokens.read(x));
-    std::optional<Tensor> grad_inputs;
-    if (grad_x) grad_inputs = tokens.accumulator(*grad_x);
-    for (const InWeight& in : ins) {
-      for (const HeadRun& run : runs_within(block.heads, in.first_head, in.heads)) {
-        in.add(tokens, inputs, grad_inputs, run, head_dim);
-      }
-    }
-    if (grad_x) tokens.store(*grad_inputs, *grad_x);
-  }
-
   std::vector<Tensor> needed;
-  if (grad_x) needed.push_back(in_dtype_of(x, *grad_x));
+  if (need_x) needed.push_back(in_projection_input_gradient(x, ins, all_masks, head_dim));
+  bool need_parameters = false;
+  for (const InWeight& in : ins) need_parameters = need_parameters || in.grad_weight || in.grad_bias;
+  if (need_parameters) add_parameter_gradients(x, ins, all_masks, head_dim);
   for (const InWeight& in : ins) {
     if (in.grad_weight) needed.push_back(in_dtype_of(x, *in.grad_weight));
   }
@@ -184,7 +198,7 @@ std::vector<Tensor> out_projection_backward(
 
   for (const MaskBlock& block : masks.blocks_of_requests()) {
     if (block.heads.empty()) continue;
-    const Tokens tokens(heads, block.requests);
+    const RequestTokens tokens(heads, block.requests);
     const Tensor outputs = widen(tokens.read(grad));
     std::optional<Tensor> grad_inputs;
     if (grad_heads) grad_inputs = tokens.accumulator(*grad_heads);

@@ -54,27 +54,6 @@ struct InWeight {
   Tensor output;
 };
 
-// What the panels take for these blocks, in rows: padding to whole panels, and packing, which equals a tile of rows.
-int64_t panel_cost(const std::vector<MaskBlock>& blocks, int64_t tokens, int64_t head_dim) {
-  constexpr int64_t kPanelTokens = 16;
-  constexpr int64_t kPackingRows = 16;
-  int64_t cost = 0;
-  for (const MaskBlock& block : blocks) {
-    const int64_t panels = ceil_divide(static_cast<int64_t>(block.requests.size()) * tokens, kPanelTokens);
-    cost += panels * (static_cast<int64_t>(block.heads.size()) * head_dim + kPackingRows);
-  }
-  return cost;
-}
-
-// Both cuts give the same bits: an element's order of summation depends on the columns alone.
-std::vector<MaskBlock> choose_blocks(const RequestMasks& masks, int64_t tokens, int64_t head_dim) {
-  std::vector<MaskBlock> of_heads = masks.blocks_of_heads();
-  if (dots_suit(tokens)) return of_heads;
-  std::vector<MaskBlock> of_requests = masks.blocks_of_requests();
-  const bool heads_win = panel_cost(of_heads, tokens, head_dim) < panel_cost(of_requests, tokens, head_dim);
-  return heads_win ? of_heads : of_requests;
-}
-
 void add_zero_runs(Projection& projection, const RequestMasks& masks, const InWeight& in, int64_t head_dim) {
   const int64_t tokens = in.output.size(1);
   const int64_t width = in.heads * head_dim;
@@ -93,7 +72,8 @@ void in_projection_in_place(const Tensor& x, std::vector<InWeight>& ins, const R
   Projection projection{float_data(x), {}, {}};
   for (const InWeight& in : ins) add_zero_runs(projection, masks, in, head_dim);
   const int64_t columns = x.size(2);
-  for (const MaskBlock& block : choose_blocks(masks, x.size(1), head_dim)) {
+  // Either cut gives the same bits: an element's order of summation depends on the columns alone.
+  for (const MaskBlock& block : masks.cheaper_blocks(x.size(1), head_dim)) {
     if (block.heads.empty() || block.requests.empty()) continue;
     Job job{tokens_of(x, block.requests), {}, {}};
     if (columns > 0) job.column_runs.push_back({0, 0, columns});
