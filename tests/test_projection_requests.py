@@ -25,12 +25,7 @@ class Block:
     """An in-projection of three weights and an output projection, of inputs for `BATCH` requests."""
 
     def __init__(self, tokens: int, dtype: torch.dtype = torch.float32) -> None:
-        counts = (# Elsewhere torch's own products run, which may round otherwise for another number of rows or another alignment.
-with_kernels = pytest.mark.skipif(
-    "AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="needs the AVX-512 kernels"
-)
-
-HEADS, KV_HEADS, KV_HEADS)
+        counts = (HEADS, KV_HEADS, KV_HEADS)
         self.x = draw(BATCH, tokens, WIDTH, dtype=dtype)
         self.weights = draw_weights([(count * HEAD_DIM, WIDTH) for count in counts], dtype)
         self.biases = [draw(count * HEAD_DIM, seed=20 + count, dtype=dtype) for count in counts]
