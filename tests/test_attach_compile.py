@@ -53,3 +53,18 @@ def test_compiled_backward_equals_eager(model):
         gradients.append(weight.grad.clone())
     assert gradients[0].abs().sum() > 0
     torch.testing.assert_close(*gradients)
+
+
+def test_compiled_model_runs_a_subset_for_every_request(model):
+    handle = sh.attach(model)
+    compiler = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=compiler)
+    ids = torch.arange(21).view(3, 7)
+    frames = []
+    with torch.no_grad():
+        for seed in range(5):
+            mask = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(seed)) < 0.5
+            with handle.use_heads(mask):
+                torch.testing.assert_close(compiled(ids).last_hidden_state, model(ids).last_hidden_state)
+            frames.append(compiler.frame_count)
+    assert frames[-1] == frames[1], f"compilations over five subsets: {frames}"
