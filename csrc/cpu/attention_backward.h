@@ -44,53 +44,54 @@ SPARSE_HEADS_INLINE void load_queries(
 }
 
 // C [keys, lanes] = the rows of one key/value head times B [columns, lanes].
-template <class Math, int kVectors, class Scalar = typename Math::Scalar>
+template <class Math, class Scalar = typename Math::Scalar>
 SPARSE_HEADS_INLINE void multiply_keys(
     const KeyRows<Scalar>& rows, const Block<Scalar>& block, int64_t columns, const Scalar* b, Scalar* c) {
-  constexpr int64_t kWidth = kVectors * kVectorLanes<Scalar>;
+  const int64_t lanes = block.lanes();
   multiply<Math, false>(
-      {rows.at(block.begin), rows.stride, b, kWidth, c, kWidth, columns, false}, block.end - block.begin, kWidth);
+      {rows.at(block.begin), rows.stride, b, lanes, c, lanes, columns, false}, block.end - block.begin, lanes);
 }
 
 // Replaces scores by probabilities; `sink_shares` gets what the sinks take of them.
-template <class Math, int kVectors, class Scalar = typename Math::Scalar>
+template <class Math, class Scalar = typename Math::Scalar>
 SPARSE_HEADS_INLINE void softmax(
     const Attention<Scalar>& attention, const Block<Scalar>& block, Scalar* scores, Scalar* sink_shares) {
-  constexpr int64_t kWidth = kVectors * kVectorLanes<Scalar>;
+  const int64_t lanes = block.lanes();
   const int64_t keys = block.end - block.begin;
-  alignas(64) Scalar largest[kWidth], sum[kWidth], factors[kWidth], sinks[kWidth];
-  std::fill_n(largest, kWidth, -kInfinity<Scalar>);
-  std::fill_n(sum, kWidth, Scalar(0));
-  update_softmax<kVectors>(scores, keys, largest, sum, factors);
+  constexpr int64_t kMaxLanes = Block<Scalar>::kMaxLanes;
+  alignas(64) Scalar largest[kMaxLanes], sum[kMaxLanes], factors[kMaxLanes];
+  Scalar sinks[kMaxLanes];
+  std::fill_n(largest, lanes, -kInfinity<Scalar>);
+  std::fill_n(sum, lanes, Scalar(0));
+  update_softmax(scores, keys, lanes, largest, sum, factors);
   read_per_lane(attention.sinks, block, Scalar(0), sinks);
-  normalize(largest, sum, attention.sinks.data ? sinks : nullptr, kWidth, factors, sink_shares);
-  multiply_lanes(scores, keys, factors, kWidth);
+  normalize(largest, sum, attention.sinks.data ? sinks : nullptr, lanes, factors, sink_shares);
+  multiply_lanes(scores, keys, factors, lanes);
 }
 
 // `gradients`, those of the ungated probabilities, become those of the scores, softmax and gate undone; `means` gets
 // their means under the probabilities, which are the gates' gradients, one a query.
-template <int kVectors, class Scalar>
+template <class Scalar>
 SPARSE_HEADS_INLINE void undo_softmax(
-    const Scalar* probabilities, int64_t keys, const Scalar* gates, Scalar* gradients, Scalar* means) {
-  constexpr int64_t kLanes = kVectorLanes<Scalar>;
-  for (int64_t first = 0; first < kVectors * kLanes; first += kLanes) {
+    const Scalar* probabilities, int64_t keys, int64_t lanes, const Scalar* gates, Scalar* gradients, Scalar* means) {
+  for (int64_t first = 0; first < lanes; first += kVectorLanes<Scalar>) {
     Vector<Scalar> gate, p, x;
     Vector<Scalar> mean = {};
     load(gate, gates + first);
-    for (int64_t begin = 0; begin < keys; begin += kSumLength) {
+    for (int64_t begin = 0; begin < keys; begin += kShortSumLength) {
       Vector<Scalar> sum = {};
-      for (int64_t key = begin; key < std::min(begin + kSumLength, keys); ++key) {
-        load(p, probabilities + key * kVectors * kLanes + first);
-        load(x, gradients + key * kVectors * kLanes + first);
+      for (int64_t key = begin; key < std::min(begin + kShortSumLength, keys); ++key) {
+        load(p, probabilities + key * lanes + first);
+        load(x, gradients + key * lanes + first);
         sum += p * x;
       }
       mean += sum;
     }
     store(means + first, mean);
     for (int64_t key = 0; key < keys; ++key) {
-      load(p, probabilities + key * kVectors * kLanes + first);
-      load(x, gradients + key * kVectors * kLanes + first);
-      store(gradients + key * kVectors * kLanes + first, gate * p * (x - mean));
+      load(p, probabilities + key * lanes + first);
+      load(x, gradients + key * lanes + first);
+      store(gradients + key * lanes + first, gate * p * (x - mean));
     }
   }
 }
@@ -105,48 +106,50 @@ SPARSE_HEADS_INLINE void write_mask_gradient(
   Math::Rows::unpack(gradients, block.lanes(), block.count, block.end - block.begin, array.element, rows);
 }
 
-template <class Math, int kVectors, class Scalar = typename Math::Scalar>
+template <class Math, class Scalar = typename Math::Scalar>
 SPARSE_HEADS_INLINE void run_backward_block(const BackwardGroup<Scalar>& group, const Block<Scalar>& block) {
-  constexpr int64_t kWidth = kVectors * kVectorLanes<Scalar>;
+  const int64_t lanes = block.lanes();
   const Attention<Scalar>& attention = group.attention;
   const AttentionGradients<Scalar>& wanted = group.wanted;
   BackwardBuffers<Scalar>& buffers = group.buffers;
   const int64_t keys = block.end - block.begin;
   const int64_t head_dim = attention.head_dim;
   const int64_t value_dim = attention.value_dim;
-  Scalar* query = buffers.query.get(head_dim * kWidth);
-  Scalar* output = buffers.output.get(value_dim * kWidth);
-  Scalar* probabilities = buffers.probabilities.get(keys * kWidth);
-  Scalar* gradients = buffers.gradients.get(keys * kWidth);
-  Scalar* slopes = attention.softcap != 0 ? buffers.slopes.get(keys * kWidth) : nullptr;
-  Scalar* memory = attention.attn_mask.data ? buffers.memory.get(whole_vectors<Scalar>(keys * kWidth)) : nullptr;
-  alignas(64) Scalar gates[kWidth], scales[kWidth], means[kWidth], sink_shares[kWidth];
+  Scalar* query = buffers.query.get(head_dim * lanes);
+  Scalar* output = buffers.output.get(value_dim * lanes);
+  Scalar* probabilities = buffers.probabilities.get(keys * lanes);
+  Scalar* gradients = buffers.gradients.get(keys * lanes);
+  Scalar* slopes = attention.softcap != 0 ? buffers.slopes.get(keys * lanes) : nullptr;
+  Scalar* memory = attention.attn_mask.data ? buffers.memory.get(whole_vectors<Scalar>(keys * lanes)) : nullptr;
+  constexpr int64_t kMaxLanes = Block<Scalar>::kMaxLanes;
+  alignas(64) Scalar gates[kMaxLanes], scales[kMaxLanes], means[kMaxLanes];
+  Scalar sink_shares[kMaxLanes];
   read_per_lane(attention.gate, block, Scalar(1), gates);
-  std::fill_n(scales, kWidth, attention.scale);
+  std::fill_n(scales, lanes, attention.scale);
 
   pack_queries<Math>(attention.query, block, head_dim, attention.scale, query);
-  multiply_keys<Math, kVectors>(group.keys, block, head_dim, query, probabilities);
-  finish_scores<Math, kVectors>(attention, block, block.begin, keys, probabilities, slopes, memory);
-  softmax<Math, kVectors>(attention, block, probabilities, sink_shares);
+  multiply_keys<Math>(group.keys, block, head_dim, query, probabilities);
+  finish_scores<Math>(attention, block, block.begin, keys, probabilities, slopes, memory);
+  softmax<Math>(attention, block, probabilities, sink_shares);
   if (group.value_sums) {
     // d value [keys, value_dim] += P [keys, queries] (gate dO) [queries, value_dim]
-    Scalar* rows = buffers.output_rows.get(kWidth * group.value_stride);
+    Scalar* rows = buffers.output_rows.get(lanes * group.value_stride);
     load_queries<Math>(wanted.output, block, value_dim, gates, rows, group.value_stride);
     Scalar* sums = group.value_sums + block.begin * group.value_stride;
     multiply<Math, false>(
-        {probabilities, kWidth, rows, group.value_stride, sums, group.value_stride, block.count, true}, keys,
+        {probabilities, lanes, rows, group.value_stride, sums, group.value_stride, block.count, true}, keys,
         group.value_stride);
   }
 
   pack_queries<Math>(wanted.output, block, value_dim, Scalar(1), output);
-  multiply_keys<Math, kVectors>(group.values, block, value_dim, output, gradients);
-  undo_softmax<kVectors>(probabilities, keys, gates, gradients, means);
+  multiply_keys<Math>(group.values, block, value_dim, output, gradients);
+  undo_softmax(probabilities, keys, lanes, gates, gradients, means);
   for (int64_t i = 0; i < block.count; ++i) {
     if (wanted.gate.data) wanted.gate.at(block.request, block.head[i]) += means[i];
     if (wanted.sinks.data) wanted.sinks.at(block.request, block.head[i]) -= gates[i] * sink_shares[i] * means[i];
   }
   if (wanted.attn_mask.data) write_mask_gradient<Math>(wanted.attn_mask, block, gradients);
-  for (int64_t i = 0; slopes && i < keys * kWidth; i += kVectorLanes<Scalar>) {
+  for (int64_t i = 0; slopes && i < keys * lanes; i += kVectorLanes<Scalar>) {
     Vector<Scalar> x, slope;
     load(x, gradients + i);
     load(slope, slopes + i);
@@ -154,24 +157,19 @@ SPARSE_HEADS_INLINE void run_backward_block(const BackwardGroup<Scalar>& group, 
   }
   if (wanted.query.data) {
     // d query [head_dim, queries] = scale K^T [head_dim, keys] dS [keys, queries]
-    Scalar* sums = buffers.query_gradient.get(head_dim * kWidth);
-    for (int64_t begin = 0; begin < keys; begin += kSumLength) {
-      const int64_t depth = std::min(kSumLength, keys - begin);
-      multiply<Math, true>(
-          {group.keys.at(block.begin + begin), group.keys.stride, gradients + begin * kWidth, kWidth, sums, kWidth,
-           depth, begin > 0},
-          head_dim, kWidth);
-    }
-    multiply_lanes(sums, head_dim, scales, kWidth);
+    Scalar* sums = buffers.query_gradient.get(head_dim * lanes);
+    multiply<Math, true>(
+        {group.keys.at(block.begin), group.keys.stride, gradients, lanes, sums, lanes, keys, false}, head_dim, lanes);
+    multiply_lanes(sums, head_dim, scales, lanes);
     unpack_queries<Math>(sums, block, head_dim, wanted.query);
   }
   if (group.key_sums) {
     // d key [keys, head_dim] += dS [keys, queries] (scale Q) [queries, head_dim]
-    Scalar* rows = buffers.query_rows.get(kWidth * group.head_stride);
+    Scalar* rows = buffers.query_rows.get(lanes * group.head_stride);
     load_queries<Math>(attention.query, block, head_dim, scales, rows, group.head_stride);
     Scalar* sums = group.key_sums + block.begin * group.head_stride;
     multiply<Math, false>(
-        {gradients, kWidth, rows, group.head_stride, sums, group.head_stride, block.count, true}, keys,
+        {gradients, lanes, rows, group.head_stride, sums, group.head_stride, block.count, true}, keys,
         group.head_stride);
   }
 }
@@ -209,11 +207,7 @@ SPARSE_HEADS_INLINE void run_backward_group(
   for (int64_t i = 0; i < blocks.count(); ++i) {
     const Block<Scalar> block = blocks.get(i);
     if (block.begin >= block.end) continue;  // its gradients are the zeros that are there
-    if (block.vectors == 2) {
-      run_backward_block<Math, 2>(group, block);
-    } else {
-      run_backward_block<Math, 1>(group, block);
-    }
+    run_backward_block<Math>(group, block);
   }
   if (key_sums) store_keys<Math>(key_sums, head_stride, keys, attention.head_dim, heads, wanted.key);
   if (value_sums) store_keys<Math>(value_sums, value_stride, keys, attention.value_dim, heads, wanted.value);

@@ -11,6 +11,7 @@
 
 #include "attention_params.h"
 #include "cpu/attention_blocks.h"
+#include "cpu/attention_elements.h"
 #include "cpu/attention_forward.h"
 #include "cpu/attention_rows.h"
 #include "cpu/attention_scores.h"

@@ -38,34 +38,36 @@ struct ForwardState {
   alignas(64) Scalar sum[Block<Scalar>::kMaxLanes];
 };
 
-template <class Math, int kVectors, class Scalar = typename Math::Scalar>
+template <class Math, class Scalar = typename Math::Scalar>
 SPARSE_HEADS_INLINE void attend_piece(
     const Attention<Scalar>& attention, ForwardState<Scalar>& state, const KeyRows<Scalar>& keys,
     const KeyRows<Scalar>& values, int64_t begin, int64_t end, Scalar* scores, Scalar* memory) {
-  constexpr int64_t kWidth = kVectors * kVectorLanes<Scalar>;
+  const int64_t lanes = state.block.lanes();
   const int64_t count = end - begin;
   multiply<Math, false>(
-      {keys.at(begin), keys.stride, state.query, kWidth, scores, kWidth, attention.head_dim, false}, count, kWidth);
-  finish_scores<Math, kVectors>(attention, state.block, begin, count, scores, static_cast<Scalar*>(nullptr), memory);
-  alignas(64) Scalar shrinking[kWidth];
-  update_softmax<kVectors>(scores, count, state.largest, state.sum, shrinking);
-  if (state.started) multiply_lanes(state.output, attention.value_dim, shrinking, kWidth);
+      {keys.at(begin), keys.stride, state.query, lanes, scores, lanes, attention.head_dim, false}, count, lanes);
+  finish_scores<Math>(attention, state.block, begin, count, scores, static_cast<Scalar*>(nullptr), memory);
+  alignas(64) Scalar shrinking[Block<Scalar>::kMaxLanes];
+  update_softmax(scores, count, lanes, state.largest, state.sum, shrinking);
+  if (state.started) multiply_lanes(state.output, attention.value_dim, shrinking, lanes);
   multiply<Math, true>(
-      {values.at(begin), values.stride, scores, kWidth, state.output, kWidth, count, state.started},
-      attention.value_dim, kWidth);
+      {values.at(begin), values.stride, scores, lanes, state.output, lanes, count, state.started},
+      attention.value_dim, lanes);
   state.started = true;
 }
 
-template <class Math, int kVectors, class Scalar = typename Math::Scalar>
+template <class Math, class Scalar = typename Math::Scalar>
 SPARSE_HEADS_INLINE void finish_block(const Attention<Scalar>& attention, ForwardState<Scalar>& state) {
-  constexpr int64_t kWidth = kVectors * kVectorLanes<Scalar>;
-  alignas(64) Scalar factors[kWidth], gates[kWidth], sinks[kWidth], sink_shares[kWidth];
+  constexpr int64_t kMaxLanes = Block<Scalar>::kMaxLanes;
+  const int64_t lanes = state.block.lanes();
+  alignas(64) Scalar factors[kMaxLanes];
+  Scalar gates[kMaxLanes], sinks[kMaxLanes], sink_shares[kMaxLanes];
   read_per_lane(attention.sinks, state.block, Scalar(0), sinks);
   read_per_lane(attention.gate, state.block, Scalar(1), gates);
-  normalize(state.largest, state.sum, attention.sinks.data ? sinks : nullptr, kWidth, factors, sink_shares);
-  for (int64_t lane = 0; lane < kWidth; ++lane) factors[lane] *= gates[lane];
-  if (!state.started) std::fill_n(state.output, attention.value_dim * kWidth, Scalar(0));
-  multiply_lanes(state.output, attention.value_dim, factors, kWidth);
+  normalize(state.largest, state.sum, attention.sinks.data ? sinks : nullptr, lanes, factors, sink_shares);
+  for (int64_t lane = 0; lane < lanes; ++lane) factors[lane] *= gates[lane];
+  if (!state.started) std::fill_n(state.output, attention.value_dim * lanes, Scalar(0));
+  multiply_lanes(state.output, attention.value_dim, factors, lanes);
   unpack_queries<Math>(state.output, state.block, attention.value_dim, attention.output);
 }
 
@@ -104,20 +106,10 @@ SPARSE_HEADS_INLINE void run_forward_unit(const Attention<Scalar>& attention, co
       const int64_t block_begin = std::max(begin, states[i].block.begin);
       const int64_t block_end = std::min(end, states[i].block.end);
       if (block_begin >= block_end) continue;
-      if (states[i].block.vectors == 2) {
-        attend_piece<Math, 2>(attention, states[i], keys, values, block_begin, block_end, scores, memory);
-      } else {
-        attend_piece<Math, 1>(attention, states[i], keys, values, block_begin, block_end, scores, memory);
-      }
+      attend_piece<Math>(attention, states[i], keys, values, block_begin, block_end, scores, memory);
     }
   }
-  for (int64_t i = 0; i < unit.blocks; ++i) {
-    if (states[i].block.vectors == 2) {
-      finish_block<Math, 2>(attention, states[i]);
-    } else {
-      finish_block<Math, 1>(attention, states[i]);
-    }
-  }
+  for (int64_t i = 0; i < unit.blocks; ++i) finish_block<Math>(attention, states[i]);
 }
 
 }  // namespace sparse_heads::cpu

@@ -12,6 +12,9 @@
 
 namespace sparse_heads::cpu {
 
+// Sums over keys, one addition at a time, are sums of sums of this many.
+constexpr int64_t kShortSumLength = 16;
+
 // scores = softcap * tanh(scores / softcap), and the derivatives into `slopes` unless it is null.
 template <class Scalar>
 SPARSE_HEADS_INLINE void cap(Scalar softcap, Scalar* scores, Scalar* slopes, int64_t size) {
@@ -39,53 +42,51 @@ SPARSE_HEADS_INLINE void mask_vector(bool is_bool, const Vector<Scalar>& mask, S
 }
 
 // `memory`: room for as many numbers as `scores` has.
-template <class Math, int kVectors, class Scalar = typename Math::Scalar>
+template <class Math, class Scalar = typename Math::Scalar>
 SPARSE_HEADS_INLINE void apply_attn_mask(
     const Attention<Scalar>& attention, const Block<Scalar>& block, int64_t first_key, int64_t keys, Scalar* scores,
     Scalar* memory) {
-  constexpr int64_t kLanes = kVectorLanes<Scalar>;
   const Array4& mask = attention.attn_mask;
   const bool is_bool = mask.element == Element::kBool;
   const int64_t offset = first_key * mask.strides[3] * element_size(mask.element);
-  const char* rows[kVectors * kLanes];
+  const int64_t lanes = block.lanes();
+  const char* rows[Block<Scalar>::kMaxLanes];
   bool alike = true;
-  for (int64_t lane = 0; lane < kVectors * kLanes; ++lane) {
+  for (int64_t lane = 0; lane < lanes; ++lane) {
     rows[lane] = mask.at(block.request, block.head[lane], block.position[lane]) + offset;
     alike = alike && rows[lane] == rows[0];
   }
   if (alike) {
     Math::Rows::load(mask.element, rows[0], mask.strides[3], keys, 1, memory, whole_vectors<Scalar>(keys));
   } else {
-    Math::Rows::pack(mask.element, rows, mask.strides[3], keys, 1, memory, kVectors * kLanes);
+    Math::Rows::pack(mask.element, rows, mask.strides[3], keys, 1, memory, lanes);
   }
   for (int64_t key = 0; key < keys; ++key) {
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t i = (key * kVectors + v) * kLanes;
+    for (int64_t i = key * lanes; i < (key + 1) * lanes; i += kVectorLanes<Scalar>) {
       Vector<Scalar> values;
       if (alike) {
         values = Vector<Scalar>{} + memory[key];
       } else {
         load(values, memory + i);
       }
-      mask_vector(is_bool, values, scores + i);
+      mask_vector<Scalar>(is_bool, values, scores + i);
     }
   }
 }
 
 // Hides the keys outside each query's span.
-template <int kVectors, class Scalar>
+template <class Scalar>
 SPARSE_HEADS_INLINE void apply_span(const Block<Scalar>& block, int64_t first_key, int64_t keys, Scalar* scores) {
-  constexpr int64_t kLanes = kVectorLanes<Scalar>;
   if (first_key >= block.common_begin && first_key + keys <= block.common_end) return;
-  for (int v = 0; v < kVectors; ++v) {
+  for (int64_t lane = 0; lane < block.lanes(); lane += kVectorLanes<Scalar>) {
     Integers<Scalar> first, last;
-    load(first, block.first_key + v * kLanes);
-    load(last, block.last_key + v * kLanes);
+    load(first, block.first_key + lane);
+    load(last, block.last_key + lane);
     for (int64_t i = 0; i < keys; ++i) {
       const int64_t key = first_key + i;
       if (key >= block.common_begin && key < block.common_end) continue;
       const Integers<Scalar> own = Integers<Scalar>{} + static_cast<Integer<Scalar>>(key);
-      Scalar* score = scores + (i * kVectors + v) * kLanes;
+      Scalar* score = scores + i * block.lanes() + lane;
       Vector<Scalar> x;
       load(x, score);
       x = own < first ? Vector<Scalar>{} - kInfinity<Scalar> : x;
@@ -96,15 +97,13 @@ SPARSE_HEADS_INLINE void apply_span(const Block<Scalar>& block, int64_t first_ke
 }
 
 // Everything between the product and the softmax.
-template <class Math, int kVectors, class Scalar = typename Math::Scalar>
+template <class Math, class Scalar = typename Math::Scalar>
 SPARSE_HEADS_INLINE void finish_scores(
     const Attention<Scalar>& attention, const Block<Scalar>& block, int64_t first_key, int64_t keys, Scalar* scores,
     Scalar* slopes, Scalar* memory) {
   if (attention.softcap != 0) cap(attention.softcap, scores, slopes, keys * block.lanes());
-  if (attention.attn_mask.data) {
-    apply_attn_mask<Math, kVectors>(attention, block, first_key, keys, scores, memory);
-  }
-  apply_span<kVectors>(block, first_key, keys, scores);
+  if (attention.attn_mask.data) apply_attn_mask<Math>(attention, block, first_key, keys, scores, memory);
+  apply_span(block, first_key, keys, scores);
 }
 
 // What is subtracted before exponentiating: without a visible key the largest score is -infinity, whose difference
@@ -116,43 +115,37 @@ SPARSE_HEADS_INLINE void make_finite(Vector<Scalar>& largest) {
 
 // Replaces scores by exp(score - largest), where `largest` counts the keys seen before too; updates `largest` and
 // `sum`, and gives the factor by which earlier results shrink.
-template <int kVectors, class Scalar>
+template <class Scalar>
 SPARSE_HEADS_INLINE void update_softmax(
-    Scalar* scores, int64_t keys, Scalar* largest, Scalar* sum, Scalar* shrinking) {
-  constexpr int64_t kLanes = kVectorLanes<Scalar>;
-  Vector<Scalar> before[kVectors], top[kVectors], total[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    load(before[v], largest + v * kLanes);
-    top[v] = before[v];
-  }
-  for (int64_t key = 0; key < keys; ++key) {
-    for (int v = 0; v < kVectors; ++v) {
-      Vector<Scalar> x;
-      load(x, scores + (key * kVectors + v) * kLanes);
-      top[v] = x > top[v] ? x : top[v];
+    Scalar* scores, int64_t keys, int64_t lanes, Scalar* largest, Scalar* sum, Scalar* shrinking) {
+  for (int64_t lane = 0; lane < lanes; lane += kVectorLanes<Scalar>) {
+    Vector<Scalar> before, total, x;
+    load(before, largest + lane);
+    Vector<Scalar> top = before;
+    for (int64_t key = 0; key < keys; ++key) {
+      load(x, scores + key * lanes + lane);
+      top = x > top ? x : top;
     }
-  }
-  for (int v = 0; v < kVectors; ++v) {
-    store(largest + v * kLanes, top[v]);
-    make_finite<Scalar>(top[v]);
-    Vector<Scalar> factor = before[v] - top[v];
-    exponentiate(factor);
-    store(shrinking + v * kLanes, factor);
-    load(total[v], sum + v * kLanes);
-    total[v] *= factor;
-  }
-  for (int64_t key = 0; key < keys; ++key) {
-    for (int v = 0; v < kVectors; ++v) {
-      Scalar* score = scores + (key * kVectors + v) * kLanes;
-      Vector<Scalar> x;
-      load(x, score);
-      x -= top[v];
-      exponentiate(x);
-      total[v] += x;
-      store(score, x);
+    store(largest + lane, top);
+    make_finite<Scalar>(top);
+    x = before - top;
+    exponentiate(x);
+    store(shrinking + lane, x);
+    load(total, sum + lane);
+    total *= x;
+    for (int64_t begin = 0; begin < keys; begin += kShortSumLength) {
+      Vector<Scalar> part = {};
+      for (int64_t key = begin; key < std::min(begin + kShortSumLength, keys); ++key) {
+        load(x, scores + key * lanes + lane);
+        x -= top;
+        exponentiate(x);
+        part += x;
+        store(scores + key * lanes + lane, x);
+      }
+      total += part;
     }
+    store(sum + lane, total);
   }
-  for (int v = 0; v < kVectors; ++v) store(sum + v * kLanes, total[v]);
 }
 
 // The numbers that make exp(score - largest) probabilities: 0 for a query that sees no key. `sinks` may be null; else
