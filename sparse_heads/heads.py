@@ -34,7 +34,8 @@ class HeadSubset:
             raise invalid_type("mask", "a bool tensor", describe(mask))
         rows, heads = len(layers), layers.max_heads
         if mask.shape[-2:] != (rows, heads) or mask.dim() not in (2, 3) or mask.shape[0] == 0:
-            raise invalid("mask", f"shape [{rows}, {heads}] or [requests, {rows}, {heads}]", mask)
+            also = "; masks per token are not supported" if mask.dim() > 3 else ""
+            raise invalid("mask", f"shape [{rows}, {heads}] or [requests, {rows}, {heads}]{also}", mask)
         self._mask = (mask.cpu() & layers.real_heads()).contiguous()
         self._layers = layers
 

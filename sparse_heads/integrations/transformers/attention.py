@@ -119,9 +119,13 @@ def _attend(
             f"dropout: layer {site.layer.name} runs an attention kernel without dropout (a subset for every request, "
             f"split groups, or a wide or core layout), wanted 0 or model.eval(), got {kwargs['dropout']}"
         )
-    for name in ("position_bias", "cache"):
+    # transformers' sdpa ignores or refuses a softcap, by version.
+    for name in ("position_bias", "cache", *(["softcap"] if original == "sdpa" else [])):
         if kwargs.get(name) is not None:
-            raise UnsupportedError(f"{name}: wanted None in layer {site.layer.name}, which runs an attention of ours")
+            raise UnsupportedError(
+                f"{name}: wanted None in layer {site.layer.name}, which runs an attention of ours in the place of "
+                f"{original!r}"
+            )
     rows, queries = query.shape[0], query.shape[2]
     head_mask = kv_of_head = None
     if row is not None:

@@ -145,19 +145,22 @@ def check_continues(stored: Stored, subset: HeadSubset, rows: int | None) -> Non
 
 
 def check_room(cache: Cache, layers: Layers, masks: Sequence[Tensor], positions: int) -> None:
-    """Raise where a static cache is too short for `positions` more; drop an empty one's memory that is for other heads.
+    """Raise where a static cache is too short for `positions` more; drop what an emptied one kept for other heads.
 
     Lengths on a GPU are not looked at.
     """
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     for layer, mask in zip(layers, masks, strict=True):
         part = own.layers[layer.index] if layer.kind == "self" and layer.index < len(own.layers) else None
-        if not isinstance(part, StaticLayer):
+        if part is None:
             continue
         heads = mask.shape[-1] if mask.dim() == 2 else max(1, int(mask.sum()))
-        if part.is_initialized and part.keys.shape[1] != heads and int(part.get_seq_length()) == 0:
+        held = getattr(part, "keys", None)
+        if held is not None and held.dim() == 4 and held.shape[1] != heads and int(part.get_seq_length()) == 0:
             part.is_initialized = False
-        if part.is_sliding or (part.is_initialized and part.keys.device.type != "cpu"):
+        if not isinstance(part, StaticLayer) or part.is_sliding:
+            continue
+        if part.is_initialized and part.keys.device.type != "cpu":
             continue
         length = int(part.get_seq_length()) + positions
         if length > part.max_cache_len:
