@@ -49,7 +49,8 @@ SPARSE_HEADS_INLINE void multiply_keys(
     const KeyRows<Scalar>& rows, const Block<Scalar>& block, int64_t columns, const Scalar* b, Scalar* c) {
   const int64_t lanes = block.lanes();
   multiply<Math, false>(
-      {rows.at(block.begin), rows.stride, b, lanes, c, lanes, columns, false}, block.end - block.begin, lanes);
+      {rows.at(block.begin), rows.stride, b, lanes, c, lanes, columns, false, kShortSumLength},
+      block.end - block.begin, lanes);
 }
 
 // Replaces scores by probabilities; `sink_shares` gets what the sinks take of them.
@@ -59,14 +60,14 @@ SPARSE_HEADS_INLINE void softmax(
   const int64_t lanes = block.lanes();
   const int64_t keys = block.end - block.begin;
   constexpr int64_t kMaxLanes = Block<Scalar>::kMaxLanes;
-  alignas(64) Scalar largest[kMaxLanes], sum[kMaxLanes], factors[kMaxLanes];
+  alignas(64) Scalar largest[kMaxLanes], sum[kMaxLanes], divisors[kMaxLanes];
   Scalar sinks[kMaxLanes];
   std::fill_n(largest, lanes, -kInfinity<Scalar>);
   std::fill_n(sum, lanes, Scalar(0));
-  update_softmax(scores, keys, lanes, largest, sum, factors);
+  update_softmax(scores, keys, lanes, largest, sum, divisors);
   read_per_lane(attention.sinks, block, Scalar(0), sinks);
-  normalize(largest, sum, attention.sinks.data ? sinks : nullptr, lanes, factors, sink_shares);
-  multiply_lanes(scores, keys, factors, lanes);
+  find_divisors(largest, sum, attention.sinks.data ? sinks : nullptr, lanes, divisors, sink_shares);
+  divide_lanes(scores, keys, divisors, lanes);
 }
 
 // `gradients`, those of the ungated probabilities, become those of the scores, softmax and gate undone; `means` gets
@@ -78,14 +79,15 @@ SPARSE_HEADS_INLINE void undo_softmax(
     Vector<Scalar> gate, p, x;
     Vector<Scalar> mean = {};
     load(gate, gates + first);
-    for (int64_t begin = 0; begin < keys; begin += kShortSumLength) {
-      Vector<Scalar> sum = {};
-      for (int64_t key = begin; key < std::min(begin + kShortSumLength, keys); ++key) {
+    Vector<Scalar> lost = {};
+    for (int64_t begin = 0; begin < keys; begin += kPlainSumLength) {
+      Vector<Scalar> part = {};
+      for (int64_t key = begin; key < std::min(begin + kPlainSumLength, keys); ++key) {
         load(p, probabilities + key * lanes + first);
         load(x, gradients + key * lanes + first);
-        sum += p * x;
+        part += p * x;
       }
-      mean += sum;
+      add_with_care<Scalar>(mean, lost, part);
     }
     store(means + first, mean);
     for (int64_t key = 0; key < keys; ++key) {
@@ -158,8 +160,10 @@ SPARSE_HEADS_INLINE void run_backward_block(const BackwardGroup<Scalar>& group, 
   if (wanted.query.data) {
     // d query [head_dim, queries] = scale K^T [head_dim, keys] dS [keys, queries]
     Scalar* sums = buffers.query_gradient.get(head_dim * lanes);
+    const int64_t sum_length = attention.queries < kVectorLanes<Scalar> ? kShortSumLength : kSumLength;
     multiply<Math, true>(
-        {group.keys.at(block.begin), group.keys.stride, gradients, lanes, sums, lanes, keys, false}, head_dim, lanes);
+        {group.keys.at(block.begin), group.keys.stride, gradients, lanes, sums, lanes, keys, false, sum_length},
+        head_dim, lanes);
     multiply_lanes(sums, head_dim, scales, lanes);
     unpack_queries<Math>(sums, block, head_dim, wanted.query);
   }

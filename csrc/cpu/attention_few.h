@@ -175,9 +175,10 @@ SPARSE_HEADS_INLINE float update_few_softmax(float* scores, int64_t keys, float&
   exponentiate(x);
   store(shrinking, x);
   store(sums, total);
-  float added = 0;
-  for (const float part : sums) added += part;
-  sum = sum * shrinking[0] + added;
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  sum = sum * shrinking[0] + sums[0];
   return shrinking[0];
 }
 
@@ -225,12 +226,12 @@ SPARSE_HEADS_INLINE void attend_few(const Attention<float>& attention, const Blo
     const int64_t lane = first_lane + q;
     const int64_t request = block.request;
     const int64_t head = block.head[lane];
-    float factor, sink_share;
+    float divisor, sink_share;
     const float* sink = attention.sinks.data ? &attention.sinks.at(request, head) : nullptr;
-    normalize(&largest[q], &sums[q], sink, 1, &factor, &sink_share);
-    if (attention.gate.data) factor *= attention.gate.at(request, head);
+    find_divisors(&largest[q], &sums[q], sink, 1, &divisor, &sink_share);
+    const float gate = attention.gate.data ? attention.gate.at(request, head) : 1.0f;
     float* output = outputs + q * output_width;
-    for (int64_t c = 0; c < output_width; ++c) output[c] *= factor;
+    for (int64_t c = 0; c < output_width; ++c) output[c] = output[c] / divisor * gate;
     char* row = attention.output.at(request, head, block.position[lane]);
     Avx512Rows::store(output, attention.value_dim, attention.output.element, row);
   }

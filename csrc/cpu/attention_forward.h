@@ -44,8 +44,10 @@ SPARSE_HEADS_INLINE void attend_piece(
     const KeyRows<Scalar>& values, int64_t begin, int64_t end, Scalar* scores, Scalar* memory) {
   const int64_t lanes = state.block.lanes();
   const int64_t count = end - begin;
+  const int64_t sum_length = attention.queries < kVectorLanes<Scalar> ? kShortSumLength : kSumLength;
   multiply<Math, false>(
-      {keys.at(begin), keys.stride, state.query, lanes, scores, lanes, attention.head_dim, false}, count, lanes);
+      {keys.at(begin), keys.stride, state.query, lanes, scores, lanes, attention.head_dim, false, sum_length}, count,
+      lanes);
   finish_scores<Math>(attention, state.block, begin, count, scores, static_cast<Scalar*>(nullptr), memory);
   alignas(64) Scalar shrinking[Block<Scalar>::kMaxLanes];
   update_softmax(scores, count, lanes, state.largest, state.sum, shrinking);
@@ -60,14 +62,16 @@ template <class Math, class Scalar = typename Math::Scalar>
 SPARSE_HEADS_INLINE void finish_block(const Attention<Scalar>& attention, ForwardState<Scalar>& state) {
   constexpr int64_t kMaxLanes = Block<Scalar>::kMaxLanes;
   const int64_t lanes = state.block.lanes();
-  alignas(64) Scalar factors[kMaxLanes];
-  Scalar gates[kMaxLanes], sinks[kMaxLanes], sink_shares[kMaxLanes];
+  alignas(64) Scalar divisors[kMaxLanes], gates[kMaxLanes];
+  Scalar sinks[kMaxLanes], sink_shares[kMaxLanes];
   read_per_lane(attention.sinks, state.block, Scalar(0), sinks);
-  read_per_lane(attention.gate, state.block, Scalar(1), gates);
-  normalize(state.largest, state.sum, attention.sinks.data ? sinks : nullptr, lanes, factors, sink_shares);
-  for (int64_t lane = 0; lane < lanes; ++lane) factors[lane] *= gates[lane];
+  find_divisors(state.largest, state.sum, attention.sinks.data ? sinks : nullptr, lanes, divisors, sink_shares);
   if (!state.started) std::fill_n(state.output, attention.value_dim * lanes, Scalar(0));
-  multiply_lanes(state.output, attention.value_dim, factors, lanes);
+  divide_lanes(state.output, attention.value_dim, divisors, lanes);
+  if (attention.gate.data) {
+    read_per_lane(attention.gate, state.block, Scalar(1), gates);
+    multiply_lanes(state.output, attention.value_dim, gates, lanes);
+  }
   unpack_queries<Math>(state.output, state.block, attention.value_dim, attention.output);
 }
 

@@ -68,6 +68,19 @@ SPARSE_HEADS_INLINE void multiply_lanes(Scalar* in, int64_t columns, const Scala
   }
 }
 
+// Divides them by one divisor a lane.
+template <class Scalar>
+SPARSE_HEADS_INLINE void divide_lanes(Scalar* in, int64_t columns, const Scalar* divisors, int64_t lanes) {
+  for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t i = 0; i < lanes; i += kVectorLanes<Scalar>) {
+      Vector<Scalar> x, divisor;
+      load(x, in + c * lanes + i);
+      load(divisor, divisors + i);
+      store(in + c * lanes + i, x / divisor);
+    }
+  }
+}
+
 // Each lane's number of an [B, H] array, or `none` where there is no array.
 template <class Scalar>
 SPARSE_HEADS_INLINE void read_per_lane(

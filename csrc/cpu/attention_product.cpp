@@ -90,8 +90,8 @@ void multiply(const Factors<typename Math::Scalar>& factors, int64_t rows, int64
   constexpr auto kHeights = std::make_integer_sequence<int, Tiles<Math>::kRows>();
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   Factors<Scalar> tile = factors;
-  for (int64_t done = 0; done == 0 || done < factors.depth; done += kSumLength) {
-    tile.depth = std::min(kSumLength, factors.depth - done);
+  for (int64_t done = 0; done == 0 || done < factors.depth; done += factors.sum_length) {
+    tile.depth = std::min(factors.sum_length, factors.depth - done);
     tile.accumulate = factors.accumulate || done > 0;
     for (int64_t column = 0; column < columns;) {
       const int64_t vectors = std::min<int64_t>(2, (columns - column) / kLanes);

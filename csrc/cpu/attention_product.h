@@ -9,8 +9,10 @@
 
 namespace sparse_heads::cpu {
 
-// One running sum takes this many products: longer ones round worse.
+// One running sum takes this many terms at most: longer ones round worse.
 constexpr int64_t kSumLength = 256;
+// The same where a vendor's product of few rows would round less, and where it costs nothing.
+constexpr int64_t kShortSumLength = 32;
 
 // A is [rows, depth], row after row (kByColumns false) or column after column, `stride` apart. B and C are row-major.
 template <class Scalar>
@@ -23,6 +25,7 @@ struct Factors {
   int64_t c_stride;
   int64_t depth;
   bool accumulate;
+  int64_t sum_length = kSumLength;
 };
 
 // What the kernels are written in: arithmetic in float on AVX-512, in float and in double on any machine.

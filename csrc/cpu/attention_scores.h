@@ -12,8 +12,17 @@
 
 namespace sparse_heads::cpu {
 
-// Sums over keys, one addition at a time, are sums of sums of this many.
-constexpr int64_t kShortSumLength = 16;
+// Sums over keys add up this many terms plainly, and the results with care: all probabilities share their errors.
+constexpr int64_t kPlainSumLength = 8;
+
+// Adds `part` to `total`; `lost` carries what rounding took from earlier additions (Kahan's summation).
+template <class Scalar>
+SPARSE_HEADS_INLINE void add_with_care(Vector<Scalar>& total, Vector<Scalar>& lost, const Vector<Scalar>& part) {
+  const Vector<Scalar> wanted = part - lost;
+  const Vector<Scalar> sum = total + wanted;
+  lost = (sum - total) - wanted;
+  total = sum;
+}
 
 // scores = softcap * tanh(scores / softcap), and the derivatives into `slopes` unless it is null.
 template <class Scalar>
@@ -133,38 +142,36 @@ SPARSE_HEADS_INLINE void update_softmax(
     store(shrinking + lane, x);
     load(total, sum + lane);
     total *= x;
-    for (int64_t begin = 0; begin < keys; begin += kShortSumLength) {
+    Vector<Scalar> lost = {};
+    for (int64_t begin = 0; begin < keys; begin += kPlainSumLength) {
       Vector<Scalar> part = {};
-      for (int64_t key = begin; key < std::min(begin + kShortSumLength, keys); ++key) {
+      for (int64_t key = begin; key < std::min(begin + kPlainSumLength, keys); ++key) {
         load(x, scores + key * lanes + lane);
         x -= top;
         exponentiate(x);
         part += x;
         store(scores + key * lanes + lane, x);
       }
-      total += part;
+      add_with_care<Scalar>(total, lost, part);
     }
     store(sum + lane, total);
   }
 }
 
-// The numbers that make exp(score - largest) probabilities: 0 for a query that sees no key. `sinks` may be null; else
-// `sink_shares` gets the sinks' own probabilities.
+// The numbers by which exp(score - largest) are divided to be probabilities: infinity for a query that sees no key.
+// `sinks` may be null; else `sink_shares` gets the sinks' own probabilities.
 template <class Scalar>
-SPARSE_HEADS_INLINE void normalize(
-    const Scalar* largest, const Scalar* sum, const Scalar* sinks, int64_t lanes, Scalar* factors,
+SPARSE_HEADS_INLINE void find_divisors(
+    const Scalar* largest, const Scalar* sum, const Scalar* sinks, int64_t lanes, Scalar* divisors,
     Scalar* sink_shares) {
   for (int64_t lane = 0; lane < lanes; ++lane) {
     const bool sees_a_key = sum[lane] != 0;
-    if (sinks) {
-      const Scalar top = std::max(largest[lane], sinks[lane]);
-      const Scalar shrinking = sees_a_key ? std::exp(largest[lane] - top) : 0;
-      const Scalar sink = sees_a_key ? std::exp(sinks[lane] - top) : 0;
-      const Scalar total = sum[lane] * shrinking + sink;
-      factors[lane] = sees_a_key ? shrinking / total : 0;
-      sink_shares[lane] = sees_a_key ? sink / total : 0;
-    } else {
-      factors[lane] = sees_a_key ? 1 / sum[lane] : 0;
+    divisors[lane] = sees_a_key ? sum[lane] : kInfinity<Scalar>;
+    if (!sinks) continue;
+    sink_shares[lane] = 0;
+    if (sees_a_key) {
+      divisors[lane] += std::exp(sinks[lane] - largest[lane]);
+      sink_shares[lane] = 1 / (1 + sum[lane] * std::exp(largest[lane] - sinks[lane]));
     }
   }
 }
