@@ -70,9 +70,8 @@ def check(arguments: dict, dtype: torch.dtype) -> None:
     actual = run(rounded, dtype, "cpu")
     if dtype == torch.float64:
         for name, expected in exact.items():
-            torch.testing.assert_close(
-                actual[name], expected, rtol=1e-11, atol=1e-11, msg=lambda text, n=name: n + text
-            )
+            # Sums of up to some thousand numbers near 1, at 2e-16 each.
+            assert ((actual[name] - expected).abs() <= 1e-11 * (1 + expected.abs())).all(), name
         return
     eager = run(rounded, dtype, "reference")
     for name, expected in exact.items():
