@@ -172,7 +172,7 @@ def test_the_cpu_kernels_run_outside_autocast_and_transforms(calls):
         ):
             call(backend="cpu")
         with pytest.raises(
-            UnsupportedError, match=r"backend: 'cpu' does not run inside torch.func transforms; use 'auto'"
+            UnsupportedError, match=r"backend: 'cpu' runs neither inside torch.func transforms nor in forward mode; use 'auto'"
         ):
             torch.func.vmap(lambda _, call=call: call(backend="cpu"))(torch.ones(2))
 

@@ -30,12 +30,12 @@ class RequestMasks {
         torch::headeronly::toString(mask.scalar_type()));
     check_equal(name, "rows, one a request,", mask.size(0), requests_);
     check_equal(name, "columns, one a head,", mask.size(1), heads);
-    const bool* values = static_cast<const bool*>(mask.const_data_ptr());
+    const char* values = static_cast<const char*>(mask.const_data_ptr());
     const int64_t request_stride = mask.stride(0);
     const int64_t head_stride = mask.stride(1);
     for (int64_t request = 0; request < requests_; ++request) {
       for (int64_t head = 0; head < heads; ++head) {
-        const char runs = values[request * request_stride + head * head_stride];
+        const char runs = values[request * request_stride + head * head_stride] != 0;
         by_request_[request * heads_ + first_head + head] = runs;
         by_head_[(first_head + head) * requests_ + request] = runs;
         items_ += runs;

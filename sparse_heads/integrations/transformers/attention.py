@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _PREFIX = "sparse_heads_"
 _ORIGINALS = ("sdpa", "eager")
-_SITE = "_sparse_heads_site"
+SITE = "_sparse_heads_site"
 
 
 def install(handle: Handle) -> None:
@@ -45,7 +45,7 @@ def install(handle: Handle) -> None:
                 f"{' or '.join(map(repr, _ORIGINALS))}, got {type(site.module).__name__} with {name!r}"
             )
     for site in strangers:
-        site.module.__dict__[_SITE] = site
+        site.module.__dict__[SITE] = site
         config = _config(site)
         config._attn_implementation_internal = _PREFIX + config._attn_implementation.removeprefix(_PREFIX)
 
@@ -53,7 +53,7 @@ def install(handle: Handle) -> None:
 def remove(handle: Handle) -> None:
     """Undo `install`."""
     for site in handle.sites:
-        if site.module.__dict__.pop(_SITE, None) is not None:
+        if site.module.__dict__.pop(SITE, None) is not None:
             config = _config(site)
             config._attn_implementation_internal = config._attn_implementation.removeprefix(_PREFIX)
 
@@ -63,7 +63,7 @@ def _config(site: Site) -> Any:
 
 
 def _is_installed(site: Site) -> bool:
-    if site.module.__dict__.get(_SITE) is not site:
+    if site.module.__dict__.get(SITE) is not site:
         return False
     return _config(site)._attn_implementation.startswith(_PREFIX)
 
@@ -84,7 +84,7 @@ def _run(
     """`query [B, H, T, D]`, `key` and `value [B, H_kv, S, D]` to `[B, T, H, D]`, as transformers' own functions."""
     if torch.compiler.is_compiling():
         return outside_graph(_run, original, module, query, key, value, attention_mask, **kwargs)
-    site: Site | None = module.__dict__.get(_SITE)
+    site: Site | None = module.__dict__.get(SITE)
     row = scale = None
     if site is not None:
         call = current_call(site.handle)
@@ -136,6 +136,10 @@ def _attend(
             head_mask = row.query.mask[0] if len(row.query.mask) == 1 else row.query.for_rows(rows)
     if scale is not None and scale.dim() == 2:
         scale = rows_of_requests("scale", scale, rows)
+    sinks = kwargs.get("s_aux")
+    compact = row is not None and isinstance(row.query, CompactHeads)
+    if sinks is not None and compact:
+        sinks = sinks[row.query.kept]
     is_causal = False
     if attention_mask is None:
         is_causal = kwargs.get("is_causal")
@@ -145,8 +149,10 @@ def _attend(
             key, value = key[:, :, :queries], value[:, :, :queries]
     else:
         attention_mask = attention_mask[..., : key.shape[2]]
-        if row is not None and isinstance(row.query, CompactHeads) and attention_mask.shape[1] != 1:
+        if compact and attention_mask.shape[1] != 1:
             attention_mask = attention_mask[:, row.query.kept]
+        if attention_mask.dtype not in (torch.bool, torch.float32):
+            attention_mask = attention_mask.to(query.dtype)
     output = attend(
         query,
         key,
@@ -158,7 +164,7 @@ def _attend(
         span=(-1, 0) if is_causal else (-1, -1),
         scale=kwargs.get("scaling"),
         softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
+        sinks=sinks,
         backend=site.handle.backend,
     )
     return output.transpose(1, 2)

@@ -1,11 +1,11 @@
 """Key/value caches that know which heads they hold: the record travels with the cache, and continuing is checked.
 
-A cache without a record holds every head: it was filled by a model that ran them all.
+A cache without a record holds every head, or nothing: it was filled by a model that ran them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,17 @@ class Stored:
 
     layers: Layers
     masks: tuple[Tensor, ...]
-    # What the cache was last continued under, and what that runs.
-    last: tuple[HeadSubset, int | None] | None = None
+    # What the cache was last continued under (handle, subset, rows of the batch), and what that runs.
+    last: tuple[Any, HeadSubset, int | None] | None = None
     selection: Selection | None = None
+
+    def __getstate__(self) -> dict:
+        return {"layers": self.layers, "masks": self.masks}  # a copied cache does not copy the model
+
+    def was_last(self, handle: Any, subset: HeadSubset, rows: int | None) -> bool:
+        """Whether the cache was last continued under just this."""
+        last = self.last
+        return last is not None and last[0] is handle and last[1] is subset and last[2] == rows
 
     def take_rows(self, indices: Tensor) -> None:
         """Follow the cache to other rows of the batch."""
@@ -83,11 +91,16 @@ _TRAVELLING = {
 
 def stored_in(cache: Cache) -> Stored | None:
     """The record of a cache; None where it holds every head, or nothing yet."""
-    return cache.__dict__.get(_ATTRIBUTE)
+    found = cache.__dict__.get(_ATTRIBUTE)
+    if found is None and isinstance(cache, EncoderDecoderCache):
+        found = stored_in(cache.cross_attention_cache) or stored_in(cache.self_attention_cache)
+    return found
 
 
 def is_empty(cache: Cache) -> bool:
     """Whether nothing is stored. For a static cache on a GPU the answer waits for the device."""
+    if isinstance(cache, EncoderDecoderCache) and any(cache.is_updated.values()):
+        return False
     return int(cache.get_seq_length()) == 0
 
 
@@ -106,13 +119,19 @@ def record(cache: Cache, subset: HeadSubset, selection: Selection | None, rows: 
                 f"past_key_values: wanted one of {known} under a subset for every request, got {got}"
             )
         cache.__class__ = _TRAVELLING[type(cache)]
-    cache.__dict__[_ATTRIBUTE] = stored = Stored(subset.layers, masks, (subset, rows), selection)
-    return stored
+    return _write(cache, Stored(subset.layers, masks, None, selection))
 
 
 def record_all(cache: Cache, layers: Layers) -> Stored:
     """Write down that a cache holds every head, as one does that was filled without a record."""
-    cache.__dict__[_ATTRIBUTE] = stored = Stored(layers, every_head(layers))
+    return _write(cache, Stored(layers, every_head(layers)))
+
+
+def _write(cache: Cache, stored: Stored) -> Stored:
+    """On the parts of an encoder-decoder's cache too, which may go on without it."""
+    parts = (cache.self_attention_cache, cache.cross_attention_cache) if isinstance(cache, EncoderDecoderCache) else ()
+    for each in (cache, *parts):
+        each.__dict__[_ATTRIBUTE] = stored
     return stored
 
 
@@ -144,29 +163,35 @@ def check_continues(stored: Stored, subset: HeadSubset, rows: int | None) -> Non
             )
 
 
-def check_room(cache: Cache, layers: Layers, masks: Sequence[Tensor], positions: int) -> None:
-    """Raise where a static cache is too short for `positions` more; drop what an emptied one kept for other heads.
-
-    Lengths on a GPU are not looked at.
-    """
-    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    for layer, mask in zip(layers, masks, strict=True):
-        part = own.layers[layer.index] if layer.kind == "self" and layer.index < len(own.layers) else None
-        if part is None:
+def drop_emptied(cache: Cache, stored: Stored) -> None:
+    """Drop what the layers of an empty cache keep for other numbers of heads than it is going to hold."""
+    has_decoder = any(layer.stack == "decoder" for layer in stored.layers)
+    for layer, mask in zip(stored.layers, stored.masks, strict=True):
+        own = cache
+        if isinstance(cache, EncoderDecoderCache):
+            own = cache.cross_attention_cache if layer.kind == "cross" else cache.self_attention_cache
+        if layer.index >= len(own.layers) or (has_decoder and layer.stack != "decoder"):
             continue
-        heads = mask.shape[-1] if mask.dim() == 2 else max(1, int(mask.sum()))
+        part, heads = own.layers[layer.index], mask.shape[-1] if mask.dim() == 2 else max(1, int(mask.sum()))
         held = getattr(part, "keys", None)
-        if held is not None and held.dim() == 4 and held.shape[1] != heads and int(part.get_seq_length()) == 0:
+        if held is not None and held.dim() == 4 and held.shape[1] != heads:
             part.is_initialized = False
-        if not isinstance(part, StaticLayer) or part.is_sliding:
-            continue
-        if part.is_initialized and part.keys.device.type != "cpu":
+
+
+def check_room(cache: Cache, positions: int) -> None:
+    """Raise where a static cache is too short for `positions` more. Lengths on a GPU are not looked at."""
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    for part in own.layers:
+        if not isinstance(part, StaticLayer):
+            return
+        if part.is_sliding or (part.is_initialized and part.keys.device.type != "cpu"):
             continue
         length = int(part.get_seq_length()) + positions
         if length > part.max_cache_len:
             raise invalid(
                 "past_key_values", f"a static cache of at least {length} positions", f"one of {part.max_cache_len}"
             )
+        return
 
 
 def cache_in(output: Any) -> Cache | None:

@@ -7,7 +7,7 @@ runs after `use_heads` was left, or in a thread of autograd's own.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,8 +34,9 @@ class Override:
 class Call:
     """One forward of an attached model.
 
-    scale: float `[L, H]` or `[B, L, H]`, multiplies heads' outputs; rows: of the batch, where a whole model (`part`)
-    runs and not a layer by itself; cache: what it continues.
+    selection: what runs, fitted to `cache`, which the forward continues; chosen: the same before it was fitted.
+    scale: float `[L, H]` or `[B, L, H]`, multiplies heads' outputs.
+    rows: of the batch, where a whole model (`part`) runs and not a layer by itself.
     """
 
     handle: Handle
@@ -45,20 +46,32 @@ class Call:
     rows: int | None = None
     part: nn.Module | None = None
     cache: Any = None
+    rows_outside: list[int | None] = field(default_factory=list)  # of the models around the one that runs
+
+    def __post_init__(self) -> None:
+        self.chosen = self.selection
 
 
 _overrides: ContextVar[Override | None] = ContextVar("sparse_heads_overrides", default=None)
 _calls: ContextVar[Call | None] = ContextVar("sparse_heads_calls", default=None)
 
 
-def enter_override(handle: Handle, selection: Selection | None, scale: Tensor | None) -> None:
+def enter_override(handle: Handle, selection: Selection | None, scale: Tensor | None) -> Override:
     """Open a `use_heads` block in this thread or task."""
-    _overrides.set(Override(handle, selection, scale, _overrides.get()))
+    override = Override(handle, selection, scale, _overrides.get())
+    _overrides.set(override)
+    return override
 
 
-def leave_override() -> None:
-    """Close the innermost `use_heads` block."""
-    _overrides.set(_overrides.get().outer)
+def leave_override(override: Override) -> None:
+    """Close that `use_heads` block, wherever it stands among those that are open."""
+    inner, current = None, _overrides.get()
+    while current is not None and current is not override:
+        inner, current = current, current.outer
+    if inner is not None:
+        inner.outer = override.outer
+    elif current is override:
+        _overrides.set(override.outer)
 
 
 def new_call(handle: Handle) -> Call:
@@ -100,6 +113,11 @@ def enter_call(call: Call) -> None:
     """Open the record of a forward."""
     call.outer = _calls.get()
     _calls.set(call)
+
+
+def drop_call(call: Call) -> None:
+    """Forget a record that an interrupted forward left open, and those inside it."""
+    _calls.set(call.outer)
 
 
 def leave_call(handle: Handle, part: nn.Module) -> Call | None:

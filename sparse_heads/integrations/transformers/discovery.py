@@ -10,6 +10,7 @@ from torch import nn
 
 from ...errors import UnknownFamilyError, UnsupportedError, describe, invalid, invalid_type
 from ...layers import LayerInfo, Layers
+from .attention import SITE
 from .families import FAMILIES, Family
 from .projections import InProjection, OutProjection
 
@@ -18,6 +19,7 @@ _ADVICE = (
     "head_dim) of attribute names to sparse_heads.integrations.transformers.families.FAMILIES"
 )
 _HEAD_COUNTS = {"num_heads", "num_attention_heads", "num_key_value_heads", "n_heads", "all_head_size"}
+_PROJECTIONS = (InProjection, OutProjection)
 Found = tuple[LayerInfo, nn.Module, dict[str, nn.Linear]]
 
 
@@ -58,6 +60,8 @@ def find_layers(
             head_dim = getattr(module, family.head_dim)
             if layout in ("auto", "compact"):
                 _check_follows_its_heads(name, module, projections, head_dim)
+            if SITE in module.__dict__ or any(isinstance(each, _PROJECTIONS) for each in projections.values()):
+                raise invalid("model", "a model that is not attached, whole or in part", f"{name}, attached already")
             if layout != "core":
                 for role, projection in projections.items():
                     _check_projection(name, role, projection)
@@ -120,8 +124,6 @@ def _describe(
 
 
 def _check_projection(name: str, role: str, projection: nn.Module) -> None:
-    if isinstance(projection, (InProjection, OutProjection)):
-        raise invalid("model", "a model that is not attached, whole or in part", f"{name}, attached already")
     if type(projection) is not nn.Linear:
         raise UnsupportedError(
             f"model: the {role} projection of {name} must be exactly torch.nn.Linear, got {type(projection).__name__} "

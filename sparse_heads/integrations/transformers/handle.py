@@ -99,16 +99,25 @@ class Handle:
         selection = self._select(subset)
         if scale is not None:
             self._check_scale(scale)
-        enter_override(self, selection, scale)
+        with self.run_under(selection, scale):
+            yield
+
+    @contextmanager
+    def run_under(self, selection: Selection | None, scale: Tensor | None) -> Iterator[None]:
+        """`use_heads` of a subset that `select` has made ready."""
+        self._check_attached()
+        override = enter_override(self, selection, scale)
         try:
             yield
         finally:
-            leave_override()
+            leave_override(override)
 
-    def bind(self, subset: Subset) -> BoundModel:
-        """A callable view of the model under `subset`, to hand to other threads."""
-        self._select(subset)
-        return BoundModel(self, subset)
+    def bind(self, subset: Subset, *, scale: Tensor | None = None) -> BoundModel:
+        """A callable view of the model under `subset` and `scale` as in `use_heads`, to hand to other threads."""
+        selection = self._select(subset)
+        if scale is not None:
+            self._check_scale(scale)
+        return BoundModel(self, selection, scale)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Save the subset of `set_heads` (not the model); `HeadSubset.from_pretrained` reads it."""
@@ -178,23 +187,24 @@ class Handle:
 class BoundModel:
     """A view of an attached model that runs under its own subset; every other attribute is the model's."""
 
-    def __init__(self, handle: Handle, subset: Subset) -> None:
+    def __init__(self, handle: Handle, selection: Selection | None, scale: Tensor | None) -> None:
         self._handle = handle
-        self._subset = subset
+        self._selection = selection
+        self._scale = scale
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._handle.use_heads(self._subset):
+        with self._handle.run_under(self._selection, self._scale):
             return self._handle.model(*args, **kwargs)
 
     forward = __call__
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `generate` under the subset."""
-        with self._handle.use_heads(self._subset):
+        with self._handle.run_under(self._selection, self._scale):
             return self._handle.model.generate(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_handle", "_subset"):
+        if name.startswith("__") or name in ("_handle", "_selection", "_scale"):
             raise AttributeError(name)
         return getattr(self._handle.model, name)
 

@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from ...errors import SparseHeadsWarning, UnsupportedError
 from . import attention, caches, checkpointing
-from .calls import Call, enter_call, leave_call, new_call, open_call, outside_graph
+from .calls import Call, drop_call, enter_call, leave_call, new_call, open_call, outside_graph
 from .selection import Selection
 
 if TYPE_CHECKING:
@@ -52,46 +52,54 @@ def _open(handle: Handle, parameters: list[str], module: nn.Module, args: tuple,
     if torch.compiler.is_compiling():
         return outside_graph(_open, handle, parameters, module, args, kwargs)
     given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-    outer = open_call(handle)
-    if outer is not None:
-        if outer.cache is None and given.get("past_key_values") is not None:
-            _resolve(outer, module, given)
-        return None
-    call = new_call(handle)
-    call.part = module
-    # Open from here on: the post-hook closes it whatever is raised below.
-    enter_call(call)
+    call = open_call(handle)
+    if call is not None and (module is handle.model or call.part is module):
+        drop_call(call)  # no model runs inside itself: an interrupt has kept its hook from running
+        call = None
+    outermost = call is None
+    if outermost:
+        call = new_call(handle)
+        call.part = module
+        # Open from here on: the post-hook closes it whatever is raised below.
+        enter_call(call)
+    call.rows_outside.append(call.rows)
+    main = _main_input(module, given)
+    call.rows = None if main is None else main.shape[0]
+    cache = given.get("past_key_values")
+    if cache is not None and cache is not call.cache:
+        call.selection = _continue(call, cache, 0 if main is None else main.shape[1])
+        call.cache = cache
+    if outermost:
+        _check_call(call, given)
+    if handle.core or (call.selection is not None and call.selection.needs_attention):
+        attention.install(handle)
+
+
+def _check_call(call: Call, given: dict) -> None:
+    """Warn of and refuse what a forward that begins cannot honour; see that its checkpoints carry the record."""
     if given.get("head_mask") is not None:
         warnings.warn(
             "head_mask: transformers 5 ignores this argument; use handle.set_heads(mask) or handle.use_heads(mask)",
             SparseHeadsWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     if torch.is_grad_enabled():
-        checkpointing.carry_calls(handle, handle.checkpointed)
-    _resolve(call, module, given)
-    if call.selection is not None:
-        _refuse_probabilities(module, given)
-    return None
-
-
-def _resolve(call: Call, module: nn.Module, given: dict) -> None:
-    """Fit the selection to the cache that this forward continues, and write down what an empty one will hold."""
-    cache, handle = given.get("past_key_values"), call.handle
-    if call.selection is None and cache is None:
-        return
-    main = _main_input(module, given)
-    call.rows = None if main is None else main.shape[0]
-    if cache is not None:
-        call.cache = cache
-        call.selection = _continue(call, cache, 0 if main is None else main.shape[1])
-    if call.selection is not None and call.selection.needs_attention:
-        attention.install(handle)
+        checkpointing.carry_calls(call.handle, call.handle.checkpointed)
+    if call.selection is not None or (call.handle.core and call.scale is not None):
+        _refuse_probabilities(call.part, given)
+    mask = given.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] != 1 and call.selection is not None:
+        for row in call.selection.rows:
+            if row is not None and not row.needs_attention:
+                raise UnsupportedError(
+                    f"attention_mask: wanted one for all heads in layer {row.layer.name}, whose own attention runs "
+                    f"with fewer of them, got {list(mask.shape)} (layout='wide' takes one for every head)"
+                )
 
 
 def _continue(call: Call, cache: Any, positions: int) -> Selection | None:
-    """What a forward of `positions` more runs."""
-    layers, selection = call.handle.layers, call.selection
+    """What a forward of `positions` more runs: the selection, fitted to the heads that the cache holds."""
+    handle, selection = call.handle, call.chosen
     if not isinstance(cache, Cache):
         if selection is None:
             return None
@@ -99,22 +107,24 @@ def _continue(call: Call, cache: Any, positions: int) -> Selection | None:
     stored = caches.stored_in(cache)
     if stored is None and selection is None:
         return None
-    subset = call.handle.every_head if selection is None else selection.subset
-    if stored is None or stored.last is None or stored.last[0] is not subset or stored.last[1] != call.rows:
+    subset = handle.every_head if selection is None else selection.subset
+    if stored is None or not stored.was_last(handle, subset, call.rows):
         if caches.is_empty(cache):
             stored = caches.record(cache, subset, selection, call.rows)
+            caches.drop_emptied(cache, stored)
         else:
-            stored = stored or caches.record_all(cache, layers)
+            stored = stored or caches.record_all(cache, handle.layers)
             caches.check_continues(stored, subset, call.rows)
-            stored.selection = call.handle.select(subset, stored.masks)
-            stored.last = (subset, call.rows)
-    caches.check_room(cache, layers, stored.masks, positions)
+            stored.selection = handle.select(subset, stored.masks)
+        stored.last = (handle, subset, call.rows)
+    caches.check_room(cache, positions)
     return stored.selection
 
 
 def _main_input(module: nn.Module, given: dict) -> Tensor | None:
     """What has the rows of the batch and the new positions: the main input, or else the first tensor `[B, T, ...]`."""
-    first = (given.get(name) for name in ("decoder_input_ids", "inputs_embeds", getattr(module, "main_input_name", "")))
+    names = ("decoder_input_ids", "decoder_inputs_embeds", "inputs_embeds", getattr(module, "main_input_name", ""))
+    first = (given.get(name) for name in names)
     for value in (*first, *given.values()):
         if isinstance(value, Tensor) and value.dim() > 1:
             return value
@@ -132,9 +142,13 @@ def _refuse_probabilities(module: nn.Module, given: dict) -> None:
 def _close(handle: Handle, module: nn.Module, args: tuple, output: Any) -> None:
     if torch.compiler.is_compiling():
         return outside_graph(_close, handle, module, args, output)
-    call = leave_call(handle, module) or open_call(handle)
-    if call is not None and call.selection is not None:
+    call = open_call(handle)
+    if call is None:
+        return
+    if call.selection is not None:
         cache = caches.cache_in(output)
         if cache is not None and caches.stored_in(cache) is None:
             caches.record(cache, call.selection.subset, call.selection, call.rows)
-    return None
+    if call.rows_outside:
+        call.rows = call.rows_outside.pop()
+    leave_call(handle, module)

@@ -91,13 +91,13 @@ class Site:
         roles = self.shared[role]
         return (role,) if any(_changes_when_called(self.projections[each]) for each in roles[1:]) else roles
 
-    def check_rows(self, call: Call, row: LayerSelection, x: Tensor) -> None:
-        """Raise unless the rows of `x` are those of the batch, which a subset for every request counts."""
-        if x.dim() != 3 or (row.per_request and call.rows is not None and x.shape[0] != call.rows):
+    def check_rows(self, call: Call, per_request: bool, x: Tensor) -> None:
+        """Raise unless `x` is `[B, T, E]` and, for a subset or scale with a row a request, B that of the batch."""
+        if x.dim() != 3 or (per_request and call.rows is not None and x.shape[0] != call.rows):
             rows = "as many as the batch" if call.rows is None else str(call.rows)
             raise UnsupportedError(
-                f"subset: layer {self.layer.name} cannot run wide (a subset for every request): wanted inputs "
-                f"[B, T, E], B = {rows}, a row a request, got {list(x.shape)} (windows or packed sequences in B?)"
+                f"subset: layer {self.layer.name} cannot run wide (a subset or scale for every request): wanted "
+                f"inputs [B, T, E], B = {rows}, a row a request, got {list(x.shape)} (windows or packed sequences?)"
             )
 
 
@@ -118,7 +118,7 @@ class InProjection(nn.Linear):
         if output is not None:
             return output
         if row.is_wide:
-            site.check_rows(call, row, input)
+            site.check_rows(call, row.per_request, input)
         roles = site.sharing(role)
         modules = [site.projections[each] for each in roles]
         outputs = row.in_pass(roles).run(
@@ -144,6 +144,8 @@ class OutProjection(nn.Linear):
         call = current_call(site.handle)
         row = None if call.selection is None else call.selection.rows[site.row]
         scale = None if call.scale is None else call.scale[..., site.row, : site.layer.num_heads]
+        if scale is not None and scale.dim() == 2:
+            site.check_rows(call, True, input)
         if row is None:
             return F.linear(input if scale is None else _scaled(input, scale), self.weight, self.bias)
         heads, head_dim = row.query, site.layer.v_head_dim
@@ -156,7 +158,7 @@ class OutProjection(nn.Linear):
             )
         implementation = choose(site.handle.backend, input)
         if wide:
-            site.check_rows(call, row, input)
+            site.check_rows(call, row.per_request, input)
             input = input if scale is None else _scaled(input, scale)
             mask = heads.for_rows(input.shape[0])
             return implementation.out_projection_per_request(input, self.weight, self.bias, mask, head_dim)

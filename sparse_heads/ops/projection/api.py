@@ -137,7 +137,7 @@ def out_projection(
         # Masked heads are not copied, and leave before the gate: their values, also NaN, must not reach its gradient.
         heads = heads.index_select(1, kept)
     if gate is not None:
-        heads = heads * gate.index_select(-1, kept).to(heads.dtype)[..., None, None]
+        heads = _times_gate(heads, gate.index_select(-1, kept)[..., None, None])
     return implementation.out_projection(heads.transpose(1, 2).flatten(2), weight, bias, kept, head_dim)
 
 
@@ -149,9 +149,14 @@ def _tokens_per_request(heads: Tensor, gate: Tensor | None, head_mask: Tensor) -
     request, head = head_mask.nonzero(as_tuple=True)
     kept = heads[request, head]
     if gate is not None:
-        kept = kept * gate.expand(batch, num_heads)[request, head, None, None].to(heads.dtype)
+        kept = _times_gate(kept, gate.expand(batch, num_heads)[request, head, None, None])
     wide = heads.new_empty(batch, tokens, num_heads, head_dim).transpose(1, 2)
     return wide.index_put_((request, head), kept).transpose(1, 2).flatten(2)
+
+
+def _times_gate(heads: Tensor, gate: Tensor) -> Tensor:
+    """The product, and the sum of the gate's gradient, are formed in float32 or wider."""
+    return (heads * gate.to(torch.promote_types(gate.dtype, torch.float32))).to(heads.dtype)
 
 
 def check_backend(backend: str) -> None:
@@ -170,7 +175,8 @@ def choose(backend: str, x: Tensor) -> ModuleType:
         return reference
     on_cpu = x.device.type == "cpu"
     autocast = on_cpu and torch.is_autocast_enabled("cpu")
-    transformed = torch._C._functorch.maybe_current_level() is not None  # torch.func.jvp would take kernels as constant
+    # Forward mode would take the kernels as constants.
+    transformed = torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
     if backend == "auto":
         if not on_cpu or autocast or transformed:
             return reference
@@ -184,7 +190,9 @@ def choose(backend: str, x: Tensor) -> ModuleType:
     if autocast:
         raise UnsupportedError("backend: 'cpu' does not run under autocast; use 'auto' or 'reference'")
     if transformed:
-        raise UnsupportedError("backend: 'cpu' does not run inside torch.func transforms; use 'auto' or 'reference'")
+        raise UnsupportedError(
+            "backend: 'cpu' runs neither inside torch.func transforms nor in forward mode; use 'auto' or 'reference'"
+        )
     return cpu
 
 

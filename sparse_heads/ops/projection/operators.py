@@ -6,6 +6,7 @@ some 8 microseconds more a call even then. Layout as in `reference.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -57,7 +58,7 @@ def _in_projection_backward(ctx, grads):
     x, *saved = ctx.saved_tensors
     weights, kept = saved[: ctx.count], saved[ctx.count :]
     need_x, need_weights, need_biases = ctx.needs_input_grad[:3]
-    tokens = x.reshape(-1, x.shape[-1])
+    tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     grads = [grad.reshape(tokens.shape[0], grad.shape[-1]) for grad in grads]
     grad_x = None
     if need_x:
@@ -81,7 +82,7 @@ def _out_projection_context(ctx, inputs, output) -> None:
 def _out_projection_backward(ctx, grad):
     heads, weight, kept = ctx.saved_tensors
     need_heads, need_weight, need_bias = ctx.needs_input_grad[:3]
-    tokens = grad.reshape(-1, grad.shape[-1])
+    tokens = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
     wide = heads.shape[-1] != kept.shape[0] * ctx.head_dim
     grad_heads = grad_weight = None
     if need_heads:
