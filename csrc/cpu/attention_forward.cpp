@@ -15,6 +15,10 @@ SPARSE_HEADS_AVX512 void run_unit_on_avx512(const Attention<float>& attention, c
   if (few_suit(attention, *unit.group)) return run_few_group(attention, *unit.group);
   run_forward_unit<Avx512>(attention, unit);
 }
+
+SPARSE_HEADS_AVX2 void run_unit_on_avx2(const Attention<float>& attention, const ForwardUnit& unit) {
+  run_forward_unit<Avx2>(attention, unit);
+}
 #endif
 
 template <class Scalar>
@@ -22,6 +26,7 @@ void run_unit(const Attention<Scalar>& attention, const ForwardUnit& unit) {
 #if SPARSE_HEADS_HAVE_AVX512
   if constexpr (std::is_same_v<Scalar, float>) {
     if (has_avx512()) return run_unit_on_avx512(attention, unit);
+    if (has_avx2()) return run_unit_on_avx2(attention, unit);
   }
 #endif
   run_forward_unit<Baseline<Scalar>>(attention, unit);

@@ -11,16 +11,18 @@
 namespace sparse_heads::cpu {
 namespace {
 
-template <class Scalar, bool kByColumns, int kRows, int kVectors>
+// A tile of C with `kBytes` long vectors side by side.
+template <class Scalar, int kBytes, bool kByColumns, int kRows, int kVectors>
 SPARSE_HEADS_INLINE void multiply_tile(const Factors<Scalar>& factors) {
-  constexpr int64_t kLanes = kVectorLanes<Scalar>;
-  Vector<Scalar> sums[kRows][kVectors] = {};
+  typedef Scalar Part __attribute__((vector_size(kBytes)));
+  constexpr int64_t kLanes = kBytes / sizeof(Scalar);
+  Part sums[kRows][kVectors] = {};
   const Scalar* a = factors.a;
   const Scalar* b = factors.b;
   const int64_t stride = factors.a_stride;
   const int64_t b_stride = factors.b_stride;
   for (int64_t k = 0; k < factors.depth; ++k) {
-    Vector<Scalar> row[kVectors];
+    Part row[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) load(row[v], b + v * kLanes);
 #pragma GCC unroll 16
@@ -38,7 +40,7 @@ SPARSE_HEADS_INLINE void multiply_tile(const Factors<Scalar>& factors) {
     for (int v = 0; v < kVectors; ++v) {
       Scalar* c = factors.c + i * factors.c_stride + v * kLanes;
       if (factors.accumulate) {
-        Vector<Scalar> before;
+        Part before;
         load(before, c);
         sums[i][v] += before;
       }
@@ -53,23 +55,37 @@ struct Tiles;
 #if SPARSE_HEADS_HAVE_AVX512
 template <>
 struct Tiles<Avx512> {
+  static constexpr int kBytes = 64;
   static constexpr int kRows = 13;
 
   template <bool kByColumns, int kHeight, int kVectors>
   SPARSE_HEADS_AVX512 static void multiply(const Factors<float>& factors) {
-    multiply_tile<float, kByColumns, kHeight, kVectors>(factors);
+    multiply_tile<float, kBytes, kByColumns, kHeight, kVectors>(factors);
   }
 };
 static_assert(Tiles<Avx512>::kRows * 2 + 2 + 1 <= 32, "a tile fits the registers");
+
+template <>
+struct Tiles<Avx2> {
+  static constexpr int kBytes = 32;
+  static constexpr int kRows = 6;
+
+  template <bool kByColumns, int kHeight, int kVectors>
+  SPARSE_HEADS_AVX2 static void multiply(const Factors<float>& factors) {
+    multiply_tile<float, kBytes, kByColumns, kHeight, kVectors>(factors);
+  }
+};
+static_assert(Tiles<Avx2>::kRows * 2 + 2 + 1 <= 16, "a tile fits the registers");
 #endif
 
 template <class Scalar>
 struct Tiles<Baseline<Scalar>> {
-  static constexpr int kRows = 2;
+  static constexpr int kBytes = 16;
+  static constexpr int kRows = 4;
 
   template <bool kByColumns, int kHeight, int kVectors>
   static void multiply(const Factors<Scalar>& factors) {
-    multiply_tile<Scalar, kByColumns, kHeight, kVectors>(factors);
+    multiply_tile<Scalar, kBytes, kByColumns, kHeight, kVectors>(factors);
   }
 };
 
@@ -85,7 +101,7 @@ SPARSE_HEADS_INLINE auto tile_function(int64_t rows, std::integer_sequence<int, 
 template <class Math, bool kByColumns>
 void multiply(const Factors<typename Math::Scalar>& factors, int64_t rows, int64_t columns) {
   using Scalar = typename Math::Scalar;
-  constexpr int64_t kLanes = kVectorLanes<Scalar>;
+  constexpr int64_t kLanes = Tiles<Math>::kBytes / sizeof(Scalar);
   constexpr int64_t kTileRows = Tiles<Math>::kRows;
   constexpr auto kHeights = std::make_integer_sequence<int, Tiles<Math>::kRows>();
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
@@ -113,6 +129,8 @@ void multiply(const Factors<typename Math::Scalar>& factors, int64_t rows, int64
 #if SPARSE_HEADS_HAVE_AVX512
 template void multiply<Avx512, false>(const Factors<float>&, int64_t, int64_t);
 template void multiply<Avx512, true>(const Factors<float>&, int64_t, int64_t);
+template void multiply<Avx2, false>(const Factors<float>&, int64_t, int64_t);
+template void multiply<Avx2, true>(const Factors<float>&, int64_t, int64_t);
 #endif
 template void multiply<Baseline<float>, false>(const Factors<float>&, int64_t, int64_t);
 template void multiply<Baseline<float>, true>(const Factors<float>&, int64_t, int64_t);

@@ -28,11 +28,16 @@ struct Factors {
   int64_t sum_length = kSumLength;
 };
 
-// What the kernels are written in: arithmetic in float on AVX-512, in float and in double on any machine.
+// What the kernels are written in: arithmetic in float on AVX-512 and AVX2, in float and in double on any machine.
 #if SPARSE_HEADS_HAVE_AVX512
 struct Avx512 {
   using Scalar = float;
   using Rows = Avx512Rows;
+};
+
+struct Avx2 {
+  using Scalar = float;
+  using Rows = BaselineRows<float>;
 };
 #endif
 
