@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,6 +243,92 @@ def test_queries_without_a_key(queries, dtype):
     assert (results["output"][1, :, 0] == 0).all() and (results["output"][0] != 0).any()
     assert (results["query"][1, :, 0] == 0).all()
     assert all(tensor.isfinite().all() for tensor in results.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("kind", ["bool", "added"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_queries_without_a_key_meet_anything(poison, kind, queries, dtype):
+    """Values that are not finite, and for a bool mask keys, queries and output gradients too."""
+    hidden = torch.zeros(2, 1, queries, 40, dtype=torch.bool)
+    hidden[1] = True
+    mask = ~hidden if kind == "bool" else torch.zeros(hidden.shape).masked_fill(hidden, -math.inf)
+    arguments = converted({**draw_inputs(2, 4, 2, queries, 40, 16), "sinks": draw(4), "gate": draw(2, 4)}, dtype)
+    poisoned = ("query", "key", "value") if kind == "bool" else ("value",)
+    for name in poisoned:
+        arguments[name][1, :, ::3] = poison
+    leaves = {name: tensor.requires_grad_() for name, tensor in arguments.items()}
+    output = attend(**leaves, attn_mask=mask.requires_grad_(kind == "added"), softcap=5.0, backend="cpu")
+    gradient = draw(*output.shape, seed=9).to(dtype)
+    if kind == "bool":
+        gradient[1, :, 0] = poison
+    output.backward(gradient)
+    assert (output[1] == 0).all() and (output[0] != 0).any()
+    for name, leaf in leaves.items():
+        assert leaf.grad.isfinite().all(), name
+        if name != "sinks":
+            assert (leaf.grad[1] == 0).all() and (leaf.grad[0] != 0).any(), name
+    if kind == "added":
+        assert (mask.grad[1] == 0).all() and (mask.grad[0] != 0).any()
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_one_query_without_a_key_gets_zeros_beside_infinite_values(backend, queries):
+    arguments = converted(draw_inputs(1, 4, 2, queries, 40, 16), torch.float32)
+    arguments["value"][..., 7, :] = math.inf
+    allowed = torch.ones(queries, 1, dtype=torch.bool)
+    allowed[0] = False
+    output = attend(**arguments, attn_mask=allowed, backend=backend)
+    assert (output[:, :, 0] == 0).all() and (output[:, :, 1:] == math.inf).all()
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("largest", [sys.maxsize, sys.maxsize - 3])
+@pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True)], ids=str)
+def test_the_largest_span_hides_nothing_on_its_sides(sides, largest, queries):
+    arguments = converted(draw_inputs(1, 2, 2, queries, 40, 16), torch.float32)
+    far, unlimited = (tuple(wide if side else 0 for side in sides) for wide in (largest, -1))
+    expected = attend(**arguments, span=unlimited, backend="cpu")
+    assert torch.equal(attend(**arguments, span=far, backend="cpu"), expected)
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+def test_a_sink_of_minus_infinity_is_none(queries):
+    arguments = draw_inputs(2, 4, 2, queries, 40, 16)
+    with_sinks = {**arguments, "sinks": torch.full((4,), -math.inf)}
+    for dtype in (torch.float64, torch.float32):
+        check(with_sinks, dtype)
+        without, results = (run(each, dtype, "cpu") for each in (arguments, with_sinks))
+        assert (results.pop("sinks") == 0).all()
+        assert all(torch.equal(results[name], tensor) for name, tensor in without.items())
+
+
+REFUSED = {
+    "attn_mask": (torch.zeros(3, 5, dtype=torch.float64), "attn_mask: wanted bool, .* float32 .*, got float64"),
+    "scale": (1e300, "scale: wanted a number that is finite in float32, got 1e"),
+    "softcap": (1e-50, "softcap: wanted 0, or a number that is finite and above 0 in float32, got 1e-50"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_operator_refuses_what_float32_cannot_hold(name):
+    value, message = REFUSED[name]
+    drawn = converted(draw_inputs(1, 2, 2, 3, 5, 16), torch.float32)
+    with pytest.raises(RuntimeError, match=message):
+        attend(**drawn, **{name: value}, backend="cpu")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's own files")
+def test_a_long_backward_leaves_little_memory_behind():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    run(draw_inputs(1, 1, 1, 1, 40, 16), torch.float64, "cpu")
+    before = resident()
+    run(draw_inputs(1, 1, 1, 1, 16384, 512), torch.float64, "cpu")  # sums of two times 64 MiB
+    assert resident() - before < 64 << 20
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -274,6 +274,16 @@ def test_causality_equals_torch_where_lengths_are_equal(backend):
 
 
 @on_every_backend
+@pytest.mark.parametrize("window", [2**70, (2**70, 1), (1, 2**70), (2**70, 2**70)], ids=str)
+def test_windows_beyond_every_integer_are_unlimited(backend, window):
+    arguments = inputs(queries=5)
+    sides = window if isinstance(window, tuple) else (window, 0)
+    unlimited = tuple(-1 if side == 2**70 else side for side in sides)
+    expected = attention(**arguments, window=unlimited, backend=backend)
+    assert torch.equal(attention(**arguments, window=window, backend=backend), expected)
+
+
+@on_every_backend
 @with_every_mask
 def test_strides_do_not_matter(backend, head_mask):
     arguments = inputs(3)

@@ -3,8 +3,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "attention_params.h"
@@ -58,12 +61,17 @@ Array4 mask_array(const Tensor& mask, const std::array<int64_t, 4>& sizes) {
   return array;
 }
 
+template <class T>
+constexpr const char* kDtypeName = std::is_same_v<T, const bool> ? "bool"
+    : std::is_same_v<T, const double>                            ? "float64"
+                                                                 : "float32";
+
 // [H] or [B, H].
 template <class T>
 Array2<T> array2(ArgumentName name, const Tensor& tensor, int64_t requests, int64_t heads, int32_t dtype) {
   check_on_cpu(name, tensor);
   STD_TORCH_CHECK(
-      dtype_number(tensor) == dtype, name, ": wanted another dtype, got ",
+      dtype_number(tensor) == dtype, name, ": wanted ", kDtypeName<T>, ", got ",
       torch::headeronly::toString(tensor.scalar_type()));
   STD_TORCH_CHECK(tensor.dim() == 1 || tensor.dim() == 2, name, ": wanted 1 or 2 dimensions, got ", tensor.dim());
   check_equal(name, "heads", tensor.size(tensor.dim() - 1), heads);
@@ -142,11 +150,24 @@ Attention<Scalar> check_inputs(const Inputs& inputs) {
   }
   if (gate) attention.gate = array2<const Scalar>({"gate"}, *gate, requests, heads, dtype);
   if (sinks) attention.sinks = array2<const Scalar>({"sinks"}, *sinks, requests, heads, dtype);
-  if (attn_mask) attention.attn_mask = mask_array(*attn_mask, {requests, heads, attention.queries, attention.keys});
-  attention.left = left;
-  attention.right = right;
+  if (attn_mask) {
+    attention.attn_mask = mask_array(*attn_mask, {requests, heads, attention.queries, attention.keys});
+    STD_TORCH_CHECK(
+        attention.attn_mask.element != Element::kFloat64 || dtype == aoti_torch_dtype_float64(),
+        "attn_mask: wanted bool, float16, bfloat16 or float32 beside a query that is not float64, got float64");
+  }
+  // No key is farther away, and sums with positions cannot overflow.
+  const int64_t farthest = attention.keys + attention.queries;
+  attention.left = std::min(left, farthest);
+  attention.right = std::min(right, farthest);
   attention.scale = static_cast<Scalar>(scale);
   attention.softcap = static_cast<Scalar>(softcap);
+  STD_TORCH_CHECK(
+      std::isfinite(attention.scale), "scale: wanted a number that is finite in ", kDtypeName<const Scalar>, ", got ",
+      scale);
+  STD_TORCH_CHECK(
+      softcap == 0 || (attention.softcap > 0 && std::isfinite(attention.softcap)),
+      "softcap: wanted 0, or a number that is finite and above 0 in ", kDtypeName<const Scalar>, ", got ", softcap);
   return attention;
 }
 

@@ -13,11 +13,29 @@
 
 namespace sparse_heads::cpu {
 
+// What a thread's buffers may hold between calls; theirs grow with the keys.
+constexpr size_t kKeptBytes = 16 << 20;
+
 template <class Scalar>
 struct BackwardBuffers {
   Buffer<Scalar> keys, values, key_sums, value_sums;
   Buffer<Scalar> query, query_rows, output, output_rows, query_gradient;
   Buffer<Scalar> probabilities, gradients, slopes, memory;
+
+  void trim() {
+    size_t bytes = 0;
+    for (const Buffer<Scalar>* buffer :
+         {&keys, &values, &key_sums, &value_sums, &query, &query_rows, &output, &output_rows, &query_gradient,
+          &probabilities, &gradients, &slopes, &memory}) {
+      bytes += buffer->bytes();
+    }
+    if (bytes > kKeptBytes) *this = {};
+  }
+
+  static BackwardBuffers& of_this_thread() {
+    thread_local BackwardBuffers buffers;
+    return buffers;
+  }
 };
 
 // What the blocks of a group share.
@@ -32,12 +50,17 @@ struct BackwardGroup {
   Scalar* value_sums;                 // [keys, value_stride], null when not wanted
 };
 
-// Rows [count, stride] of a block's queries, filled up with zeros; row i times factors[i].
+// Rows [count, stride] of a block's queries, filled up with zeros; row i times factors[i], and zeros where the query's
+// sum of exponentials is 0, as it sees no key.
 template <class Math, class Scalar = typename Math::Scalar>
 SPARSE_HEADS_INLINE void load_queries(
-    const Array4& array, const Block<Scalar>& block, int64_t columns, const Scalar* factors, Scalar* out,
-    int64_t stride) {
+    const Array4& array, const Block<Scalar>& block, int64_t columns, const Scalar* factors, const Scalar* exp_sums,
+    Scalar* out, int64_t stride) {
   for (int64_t i = 0; i < block.count; ++i) {
+    if (exp_sums[i] == 0) {
+      std::fill_n(out + i * stride, stride, Scalar(0));
+      continue;
+    }
     const char* row = array.at(block.request, block.head[i], block.position[i]);
     Math::Rows::load(array.element, row, array.strides[3], columns, factors[i], out + i * stride, stride);
   }
@@ -53,20 +76,22 @@ SPARSE_HEADS_INLINE void multiply_keys(
       block.end - block.begin, lanes);
 }
 
-// Replaces scores by probabilities; `sink_shares` gets what the sinks take of them.
+// Replaces scores by probabilities; `exp_sums` gets their divisors without the sinks, `sink_shares` what the sinks
+// take of them.
 template <class Math, class Scalar = typename Math::Scalar>
 SPARSE_HEADS_INLINE void softmax(
-    const Attention<Scalar>& attention, const Block<Scalar>& block, Scalar* scores, Scalar* sink_shares) {
+    const Attention<Scalar>& attention, const Block<Scalar>& block, Scalar* scores, Scalar* exp_sums,
+    Scalar* sink_shares) {
   const int64_t lanes = block.lanes();
   const int64_t keys = block.end - block.begin;
   constexpr int64_t kMaxLanes = Block<Scalar>::kMaxLanes;
-  alignas(64) Scalar largest[kMaxLanes], sum[kMaxLanes], divisors[kMaxLanes];
+  alignas(64) Scalar largest[kMaxLanes], divisors[kMaxLanes];
   Scalar sinks[kMaxLanes];
   std::fill_n(largest, lanes, -kInfinity<Scalar>);
-  std::fill_n(sum, lanes, Scalar(0));
-  update_softmax(scores, keys, lanes, largest, sum, divisors);
+  std::fill_n(exp_sums, lanes, Scalar(0));
+  update_softmax(scores, keys, lanes, largest, exp_sums, divisors);
   read_per_lane(attention.sinks, block, Scalar(0), sinks);
-  find_divisors(largest, sum, attention.sinks.data ? sinks : nullptr, lanes, divisors, sink_shares);
+  find_divisors(largest, exp_sums, attention.sinks.data ? sinks : nullptr, lanes, divisors, sink_shares);
   divide_lanes(scores, keys, divisors, lanes);
 }
 
@@ -124,7 +149,7 @@ SPARSE_HEADS_INLINE void run_backward_block(const BackwardGroup<Scalar>& group, 
   Scalar* slopes = attention.softcap != 0 ? buffers.slopes.get(keys * lanes) : nullptr;
   Scalar* memory = attention.attn_mask.data ? buffers.memory.get(whole_vectors<Scalar>(keys * lanes)) : nullptr;
   constexpr int64_t kMaxLanes = Block<Scalar>::kMaxLanes;
-  alignas(64) Scalar gates[kMaxLanes], scales[kMaxLanes], means[kMaxLanes];
+  alignas(64) Scalar gates[kMaxLanes], scales[kMaxLanes], means[kMaxLanes], exp_sums[kMaxLanes];
   Scalar sink_shares[kMaxLanes];
   read_per_lane(attention.gate, block, Scalar(1), gates);
   std::fill_n(scales, lanes, attention.scale);
@@ -132,11 +157,11 @@ SPARSE_HEADS_INLINE void run_backward_block(const BackwardGroup<Scalar>& group, 
   pack_queries<Math>(attention.query, block, head_dim, attention.scale, query);
   multiply_keys<Math>(group.keys, block, head_dim, query, probabilities);
   finish_scores<Math>(attention, block, block.begin, keys, probabilities, slopes, memory);
-  softmax<Math>(attention, block, probabilities, sink_shares);
+  softmax<Math>(attention, block, probabilities, exp_sums, sink_shares);
   if (group.value_sums) {
     // d value [keys, value_dim] += P [keys, queries] (gate dO) [queries, value_dim]
     Scalar* rows = buffers.output_rows.get(lanes * group.value_stride);
-    load_queries<Math>(wanted.output, block, value_dim, gates, rows, group.value_stride);
+    load_queries<Math>(wanted.output, block, value_dim, gates, exp_sums, rows, group.value_stride);
     Scalar* sums = group.value_sums + block.begin * group.value_stride;
     multiply<Math, false>(
         {probabilities, lanes, rows, group.value_stride, sums, group.value_stride, block.count, true}, keys,
@@ -145,6 +170,8 @@ SPARSE_HEADS_INLINE void run_backward_block(const BackwardGroup<Scalar>& group, 
 
   pack_queries<Math>(wanted.output, block, value_dim, Scalar(1), output);
   multiply_keys<Math>(group.values, block, value_dim, output, gradients);
+  clear_blind_lanes(gradients, keys, exp_sums, lanes);
+  if (slopes) clear_blind_lanes(slopes, keys, exp_sums, lanes);
   undo_softmax(probabilities, keys, lanes, gates, gradients, means);
   for (int64_t i = 0; i < block.count; ++i) {
     if (wanted.gate.data) wanted.gate.at(block.request, block.head[i]) += means[i];
@@ -165,12 +192,13 @@ SPARSE_HEADS_INLINE void run_backward_block(const BackwardGroup<Scalar>& group, 
         {group.keys.at(block.begin), group.keys.stride, gradients, lanes, sums, lanes, keys, false, sum_length},
         head_dim, lanes);
     multiply_lanes(sums, head_dim, scales, lanes);
+    clear_blind_lanes(sums, head_dim, exp_sums, lanes);
     unpack_queries<Math>(sums, block, head_dim, wanted.query);
   }
   if (group.key_sums) {
     // d key [keys, head_dim] += dS [keys, queries] (scale Q) [queries, head_dim]
     Scalar* rows = buffers.query_rows.get(lanes * group.head_stride);
-    load_queries<Math>(attention.query, block, head_dim, scales, rows, group.head_stride);
+    load_queries<Math>(attention.query, block, head_dim, scales, exp_sums, rows, group.head_stride);
     Scalar* sums = group.key_sums + block.begin * group.head_stride;
     multiply<Math, false>(
         {gradients, lanes, rows, group.head_stride, sums, group.head_stride, block.count, true}, keys,
@@ -189,7 +217,7 @@ SPARSE_HEADS_INLINE void store_keys(
 template <class Math, class Scalar = typename Math::Scalar>
 SPARSE_HEADS_INLINE void run_backward_group(
     const Attention<Scalar>& attention, const AttentionGradients<Scalar>& wanted, const HeadGroup& heads) {
-  thread_local BackwardBuffers<Scalar> buffers;
+  BackwardBuffers<Scalar>& buffers = BackwardBuffers<Scalar>::of_this_thread();
   const int64_t keys = attention.keys;
   const int64_t head_stride = whole_vectors<Scalar>(attention.head_dim);
   const int64_t value_stride = whole_vectors<Scalar>(attention.value_dim);

@@ -131,9 +131,9 @@ class Blocks {
 };
 
 // Runs every item once, on as many threads as `products` (multiplications in all) are worth. Which thread runs an item
-// is left to chance: items differ in length.
-template <class Function>
-void run_items(int64_t items, double products, const Function& run) {
+// is left to chance: items differ in length. Every thread ends with `finish`.
+template <class Function, class Finish>
+void run_items(int64_t items, double products, const Function& run, const Finish& finish) {
   constexpr double kProductsPerThread = 128 * 1024;
   const int64_t worth = std::max<int64_t>(1, static_cast<int64_t>(std::min(1e6, products / kProductsPerThread)));
   const int64_t threads = std::min({worth, items, static_cast<int64_t>(torch::stable::get_num_threads())});
@@ -141,8 +141,14 @@ void run_items(int64_t items, double products, const Function& run) {
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       for (int64_t item = next++; item < items; item = next++) run(item);
+      finish();
     }
   });
+}
+
+template <class Function>
+void run_items(int64_t items, double products, const Function& run) {
+  run_items(items, products, run, [] {});
 }
 
 // Memory that a thread keeps between calls.
@@ -154,6 +160,8 @@ class Buffer {
     if (memory_.size() < lines) memory_.resize(lines);
     return reinterpret_cast<Scalar*>(memory_.data());
   }
+
+  size_t bytes() const { return memory_.size() * sizeof(Line); }
 
  private:
   struct alignas(64) Line {

@@ -25,7 +25,8 @@ SPARSE_HEADS_INLINE Scalar to_scalar(T value) {
   }
 }
 
-// Calls Function<T>::run(arguments...) with the C++ type of `element`; float64 goes with arithmetic in double only.
+// Calls Function<T>::run(arguments...) with the C++ type of `element`, a floating one; float64 comes with
+// arithmetic in double only.
 template <class Scalar, template <class> class Function, class... Arguments>
 SPARSE_HEADS_INLINE void with_floating_type(Element element, Arguments... arguments) {
   switch (element) {
@@ -35,9 +36,13 @@ SPARSE_HEADS_INLINE void with_floating_type(Element element, Arguments... argume
       return Function<c10::BFloat16>::run(arguments...);
     case Element::kFloat16:
       return Function<c10::Half>::run(arguments...);
-    default:
-      if constexpr (std::is_same_v<Scalar, double>) Function<double>::run(arguments...);
+    case Element::kFloat64:
+      if constexpr (std::is_same_v<Scalar, double>) return Function<double>::run(arguments...);
+      break;
+    case Element::kBool:
+      break;
   }
+  __builtin_unreachable();  // the operators refuse such tensors
 }
 
 template <class Scalar, template <class> class Function, class... Arguments>

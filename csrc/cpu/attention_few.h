@@ -232,6 +232,8 @@ SPARSE_HEADS_INLINE void attend_few(const Attention<float>& attention, const Blo
     const float gate = attention.gate.data ? attention.gate.at(request, head) : 1.0f;
     float* output = outputs + q * output_width;
     for (int64_t c = 0; c < output_width; ++c) output[c] = output[c] / divisor * gate;
+    // Where no key is seen: 0 times a value that is not finite would be NaN.
+    if (sums[q] == 0) std::fill_n(output, output_width, 0.0f);
     char* row = attention.output.at(request, head, block.position[lane]);
     Avx512Rows::store(output, attention.value_dim, attention.output.element, row);
   }

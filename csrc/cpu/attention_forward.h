@@ -68,6 +68,7 @@ SPARSE_HEADS_INLINE void finish_block(const Attention<Scalar>& attention, Forwar
   find_divisors(state.largest, state.sum, attention.sinks.data ? sinks : nullptr, lanes, divisors, sink_shares);
   if (!state.started) std::fill_n(state.output, attention.value_dim * lanes, Scalar(0));
   divide_lanes(state.output, attention.value_dim, divisors, lanes);
+  clear_blind_lanes(state.output, attention.value_dim, state.sum, lanes);
   if (attention.gate.data) {
     read_per_lane(attention.gate, state.block, Scalar(1), gates);
     multiply_lanes(state.output, attention.value_dim, gates, lanes);
@@ -97,7 +98,7 @@ SPARSE_HEADS_INLINE void run_forward_unit(const Attention<Scalar>& attention, co
     first = std::min(first, state.block.begin);
     last = std::max(last, state.block.end);
   }
-  // Pieces end at the same keys whatever blocks the unit has: no head's rounding depends on another head.
+  // Pieces end at the same keys whatever blocks the unit has: no request's rounding depends on another.
   for (int64_t begin = first, end; begin < last; begin = end) {
     end = std::min((begin / kPieceKeys + 1) * kPieceKeys, last);
     const int64_t request = unit.group->request;

@@ -1,6 +1,7 @@
 // What a block reads and writes: queries to lanes and back, and the rows of its key/value head.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "attention_params.h"
@@ -77,6 +78,21 @@ SPARSE_HEADS_INLINE void divide_lanes(Scalar* in, int64_t columns, const Scalar*
       load(x, in + c * lanes + i);
       load(divisor, divisors + i);
       store(in + c * lanes + i, x / divisor);
+    }
+  }
+}
+
+// Zeros in the lanes whose `sum` of exponentials is 0, which see no key: 0 times what they read may be NaN.
+template <class Scalar>
+SPARSE_HEADS_INLINE void clear_blind_lanes(Scalar* in, int64_t columns, const Scalar* sums, int64_t lanes) {
+  if (std::find(sums, sums + lanes, Scalar(0)) == sums + lanes) return;
+  for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t i = 0; i < lanes; i += kVectorLanes<Scalar>) {
+      Vector<Scalar> x, sum;
+      load(x, in + c * lanes + i);
+      load(sum, sums + i);
+      x = sum == 0 ? Vector<Scalar>{} : x;
+      store(in + c * lanes + i, x);
     }
   }
 }

@@ -11,7 +11,7 @@ namespace {
 
 // Every move is a struct with the element type as its only parameter, for `with_type`.
 template <class Scalar>
-struct Baseline {
+struct BaselineMoves {
   template <class T>
   struct Pack {
     static void run(
@@ -52,7 +52,7 @@ struct Baseline {
 };
 
 #if SPARSE_HEADS_HAVE_AVX512
-struct Avx512 {
+struct Avx512Moves {
   template <class T>
   struct Pack {
     SPARSE_HEADS_AVX512 static void run(
@@ -129,24 +129,24 @@ template <class Scalar>
 void BaselineRows<Scalar>::pack(
     Element element, const char* const* rows, int64_t stride, int64_t columns, Scalar factor, Scalar* out,
     int64_t lanes) {
-  with_type<Scalar, Baseline<Scalar>::template Pack>(element, rows, stride, columns, factor, out, lanes);
+  with_type<Scalar, BaselineMoves<Scalar>::template Pack>(element, rows, stride, columns, factor, out, lanes);
 }
 
 template <class Scalar>
 void BaselineRows<Scalar>::unpack(
     const Scalar* in, int64_t lanes, int64_t count, int64_t columns, Element element, char* const* rows) {
-  with_floating_type<Scalar, Baseline<Scalar>::template Unpack>(element, in, lanes, count, columns, rows);
+  with_floating_type<Scalar, BaselineMoves<Scalar>::template Unpack>(element, in, lanes, count, columns, rows);
 }
 
 template <class Scalar>
 void BaselineRows<Scalar>::load(
     Element element, const char* row, int64_t stride, int64_t columns, Scalar factor, Scalar* out, int64_t padded) {
-  with_type<Scalar, Baseline<Scalar>::template Load>(element, row, stride, columns, factor, out, padded);
+  with_type<Scalar, BaselineMoves<Scalar>::template Load>(element, row, stride, columns, factor, out, padded);
 }
 
 template <class Scalar>
 void BaselineRows<Scalar>::store(const Scalar* in, int64_t columns, Element element, char* row) {
-  with_floating_type<Scalar, Baseline<Scalar>::template Store>(element, in, columns, row);
+  with_floating_type<Scalar, BaselineMoves<Scalar>::template Store>(element, in, columns, row);
 }
 
 template struct BaselineRows<float>;
@@ -157,22 +157,22 @@ void Avx512Rows::pack(
     Element element, const char* const* rows, int64_t stride, int64_t columns, float factor, float* out,
     int64_t lanes) {
   if (stride != 1) return BaselineRows<float>::pack(element, rows, stride, columns, factor, out, lanes);
-  with_type<float, Avx512::Pack>(element, rows, columns, factor, out, lanes);
+  with_type<float, Avx512Moves::Pack>(element, rows, columns, factor, out, lanes);
 }
 
 void Avx512Rows::unpack(
     const float* in, int64_t lanes, int64_t count, int64_t columns, Element element, char* const* rows) {
-  with_floating_type<float, Avx512::Unpack>(element, in, lanes, count, columns, rows);
+  with_floating_type<float, Avx512Moves::Unpack>(element, in, lanes, count, columns, rows);
 }
 
 void Avx512Rows::load(
     Element element, const char* row, int64_t stride, int64_t columns, float factor, float* out, int64_t padded) {
   if (stride != 1) return BaselineRows<float>::load(element, row, stride, columns, factor, out, padded);
-  with_type<float, Avx512::Load>(element, row, columns, factor, out, padded);
+  with_type<float, Avx512Moves::Load>(element, row, columns, factor, out, padded);
 }
 
 void Avx512Rows::store(const float* in, int64_t columns, Element element, char* row) {
-  with_floating_type<float, Avx512::Store>(element, in, columns, row);
+  with_floating_type<float, Avx512Moves::Store>(element, in, columns, row);
 }
 #endif
 

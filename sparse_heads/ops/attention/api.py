@@ -61,14 +61,15 @@ def attention(
         gate: floating [H] or [B, H], multiplies the heads' outputs. Every head that head_mask keeps gets its exact
             gate gradient, also where the gate is 0; masked heads get exactly 0. Without head_mask all heads run.
         attn_mask: bool (True = attend), or added to the scores (float32 or the dtype of query); broadcastable to
-            [B, H, T, S]. One that requires grad gets its gradient.
+            [B, H, T, S]. One that requires grad gets its gradient, by way of a buffer [B, H, T, S] whatever its shape.
         is_causal: the queries are the last T of the S positions, and none sees a later one (FlashAttention's rule,
             also SDPA's where T = S). Holds together with attn_mask and window.
         scale: multiplies the scores, 1 / sqrt(D) by default.
         softcap: bounds the scaled scores by softcap * tanh(scores / softcap), before any mask (Gemma 2).
         window: w keeps a query's own position and the w - 1 before it; (left, right) keeps that many before and after
             it (FlashAttention); -1 = unlimited, alone or on a side. Positions are aligned as for is_causal.
-        sinks: floating [H], one logit a head that takes part in the softmax sum and in nothing else (gpt-oss).
+        sinks: floating [H], one logit a head that takes part in the softmax sum and in nothing else (gpt-oss); -inf =
+            none.
         backend: "reference": everything here, any number of derivatives, but masked heads cost as much as others.
             "cpu": everything here by the C++ extension, which runs the (request, head) pairs that are on and no other,
             and reads keys and values where they lie; first derivatives.
@@ -85,7 +86,8 @@ def attention(
 
     Raises:
         InvalidTypeError: an argument of the wrong type or dtype.
-        InvalidArgumentError: a wrong shape, device or value, or an unknown backend. Gates are looked at on a CPU only.
+        InvalidArgumentError: a wrong shape, device or value, or an unknown backend. The values of gates
+            and sinks (finite; sinks of heads that run, also -inf) are looked at on a CPU only.
         UnsupportedError: softcap or sinks with backend "sdpa"; "cpu" inside torch.func transforms or in forward mode,
             or differentiated twice.
         BackendUnavailableError: "cpu" without the extension or for tensors elsewhere; "triton" and "cuda", which have

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 
 def visible_span(is_causal: bool, window: int | tuple[int, int] | None) -> tuple[int, int]:
-    """How many keys before and after its own position a query sees, -1 = unlimited, from the two public arguments."""
+    """How many keys before and after its own position a query sees, -1 = unlimited, from the two public arguments.
+
+    Numbers that fit no tensor's size become the largest that does.
+    """
     if window is None or window == -1:
         left, right = -1, -1
     elif isinstance(window, int):
         left, right = window - 1, 0
     else:
         left, right = window
+    left, right = min(left, sys.maxsize), min(right, sys.maxsize)
     return (left, 0) if is_causal else (left, right)
 
 

@@ -55,7 +55,10 @@ def check_inputs(query: object, key: object, value: object) -> None:
 
 
 def check_head_arguments(query: torch.Tensor, head_mask: object, gate: object, sinks: object) -> None:
-    """head_mask bool [H] or [B, H], gate float [H] or [B, H] without NaN, sinks float [H]; each may be None."""
+    """head_mask bool [H] or [B, H], gate float [H] or [B, H], sinks float [H]; each may be None.
+
+    On a CPU gates must be finite, and sinks of heads that run finite or -inf.
+    """
     batch, heads = query.shape[:2]
     shared, per_request = (heads,), (batch, heads)
     either = f"[H] = [{heads}] or [B, H] = [{batch}, {heads}]"
@@ -80,6 +83,12 @@ def check_head_arguments(query: torch.Tensor, head_mask: object, gate: object, s
         _check_placed("sinks", sinks, query)
         if sinks.shape != shared:
             raise invalid("sinks", f"[H] = [{heads}]", sinks)
+        if sinks.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = ~(sinks < math.inf)
+            if head_mask is not None:
+                wrong &= head_mask if head_mask.dim() == 1 else head_mask.any(dim=0)
+            if wrong.any():
+                raise invalid("sinks", "finite values or -inf (no sink)", f"{int(wrong.sum())} that are NaN or inf")
 
 
 def check_score_arguments(
@@ -101,10 +110,11 @@ def check_score_arguments(
     for name, number in (("scale", scale), ("softcap", softcap)):
         if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
             raise invalid_type(name, "a number or None", number)
-    if scale is not None and not math.isfinite(scale):
-        raise invalid("scale", "a finite number", scale)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise invalid("softcap", "a finite number above 0", softcap)
+    arithmetic = torch.finfo(torch.promote_types(query.dtype, torch.float32))
+    if scale is not None and not abs(scale) <= arithmetic.max:
+        raise invalid("scale", f"a number that is finite in {arithmetic.dtype}", scale)
+    if softcap is not None and not arithmetic.smallest_normal <= softcap <= arithmetic.max:
+        raise invalid("softcap", f"a number that is finite and above 0 in {arithmetic.dtype}", softcap)
     _check_window(window)
 
 
