@@ -1,4 +1,4 @@
-// The forward of some blocks of one group: keys pass in pieces, and every block carries its softmax from piece to piece.
+// The forward of some blocks of one group: keys pass in pieces, and every block carries its softmax along.
 #pragma once
 
 #include <algorithm>

@@ -11,7 +11,7 @@ namespace sparse_heads::cpu {
 // On any machine.
 template <class Scalar>
 struct BaselineRows {
-  // Transposes one row a lane, of `columns` elements that are `stride` apart, into out [columns, lanes], times `factor`.
+  // Transposes one row a lane, of `columns` elements `stride` apart, into out [columns, lanes], times `factor`.
   static void pack(
       Element element, const char* const* rows, int64_t stride, int64_t columns, Scalar factor, Scalar* out,
       int64_t lanes);
