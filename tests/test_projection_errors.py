@@ -121,11 +121,20 @@ OUT_CASES = [
     ({"gate": GATE[:3]}, InvalidArgumentError, f"{GATE_WANTED}, got a float32 tensor [3]"),
     ({"gate": GATE.expand(3, 4)}, InvalidArgumentError, f"{GATE_WANTED}, got a float32 tensor [3, 4]"),
     ({"gate": GATE.to(META)}, InvalidArgumentError, f"{GATE_WANTED}, got a float32 tensor [4] on meta"),
-    ({"gate": GATE * torch.nan}, InvalidArgumentError, "gate: wanted numbers, got NaN in a float32 tensor [4] on cpu"),
+    (
+        {"gate": GATE * torch.nan},
+        InvalidArgumentError,
+        "gate: wanted finite values, got NaN or infinity in a float32 tensor [4] on cpu",
+    ),
+    (
+        {"gate": GATE * torch.inf},
+        InvalidArgumentError,
+        "gate: wanted finite values, got NaN or infinity in a float32 tensor [4] on cpu",
+    ),
     (
         {"gate": torch.tensor([1.0, torch.nan, 1.0, 1.0])},
         InvalidArgumentError,
-        "gate: wanted numbers, got NaN in a float32 tensor [4]",
+        "gate: wanted finite values, got NaN or infinity in a float32 tensor [4]",
     ),
     ({"backend": None}, InvalidArgumentError, "backend: wanted one of ('auto', 'reference', 'cpu'), got NoneType None"),
 ]
@@ -172,7 +181,8 @@ def test_the_cpu_kernels_run_outside_autocast_and_transforms(calls):
         ):
             call(backend="cpu")
         with pytest.raises(
-            UnsupportedError, match=r"backend: 'cpu' runs neither inside torch.func transforms nor in forward mode; use 'auto'"
+            UnsupportedError,
+            match=r"backend: 'cpu' runs neither inside torch.func transforms nor in forward mode; use 'auto'",
         ):
             torch.func.vmap(lambda _, call=call: call(backend="cpu"))(torch.ones(2))
 
@@ -309,3 +319,15 @@ def test_the_out_projection_operator_per_request_refuses(position, value, messag
 @pytest.fixture(autouse=True, scope="module")
 def extension():
     _native.load()
+
+
+@pytest.mark.parametrize("mask", [torch.tensor([True, False]), torch.tensor([[True, False], [False, True]])], ids=str)
+def test_forward_mode_runs_the_reference_and_is_refused_by_name(mask):
+    x, weight = torch.randn(2, 3, 8), torch.randn(8, 8)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        heads = sh.in_projection(dual, weight, None, mask, head_dim=4)
+        tangent = torch.autograd.forward_ad.unpack_dual(heads).tangent
+        assert tangent is not None and tangent.abs().sum() > 0
+        with pytest.raises(UnsupportedError, match="backend: 'cpu' runs neither .* nor in forward mode"):
+            sh.in_projection(dual, weight, None, mask, head_dim=4, backend="cpu")

@@ -72,7 +72,7 @@ def check_gate(gate: Tensor, num_heads: int, batch: int, device: torch.device) -
     if tuple(gate.shape) not in ((num_heads,), (batch, num_heads)) or gate.device != device:
         raise invalid("gate", wanted, gate)
     if device.type == "cpu" and not bool(gate.detach().isfinite().all()):
-        raise invalid("gate", "finite values", f"NaN or infinite ones in {describe(gate)}")
+        raise invalid("gate", "finite values", f"NaN or infinity in {describe(gate)}")
 
 
 def as_sequence(argument: str, value: object, length: int | None = None) -> Sequence:
