@@ -25,6 +25,8 @@ def attach(
 
     The query, key, value and output projections (`torch.nn.Linear`) become subclasses by reassigning `__class__`:
     modules, parameters, hooks, `state_dict()` keys and `isinstance` stay. With all heads on the model runs as before.
+    Once a subset needs an attention function of ours (a subset for every request, split groups, wide and core layouts),
+    the configuration names it until `detach`.
 
     Args:
         model: a transformers model, or any module that owns attention layers of a known structure.
