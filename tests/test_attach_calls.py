@@ -163,7 +163,8 @@ class TestCrossAttention:
         for subset in (None, {0: [1, 2]}):
             cache.reset()
             with torch.no_grad(), handle.use_heads(subset):
-                model(**batch, past_key_values=cache)
+                logits = model(**batch, past_key_values=cache).logits
+                torch.testing.assert_close(logits, model(**batch, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("outer", ["core", "auto"])
