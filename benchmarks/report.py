@@ -88,13 +88,19 @@ def passport_text(result: Result) -> str:
         machine["system"],
         ", ".join(f"{name} {version}" for name, version in versions.items()) + f"; extension {result['cpu_extension']}",
         f"commit {result['commit'][:12]}{' with changes' if result['dirty'] else ''}, {result['date']}",
-        f"float32, sdpa, {result['threads']} threads, {result['rounds']} rounds, {result['seconds']} s in all",
+        f"float32, sdpa, {result['threads']} threads, {rounds_text(result)} rounds, {result['seconds']} s in all",
     ]
     if result["load"] and result["load"] > 1:
         lines.append(f"**The machine was busy when it started (load {result['load']}).**")
     if result["quick"]:
         lines.append("**A quick run: these numbers only show that it runs.**")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def rounds_text(result: Result) -> str:
+    """The rounds of the cases; a run that was resumed may have used other ones."""
+    rounds = sorted({len(spread["samples"]) for case in result["cases"] for spread in case["candidates"].values()})
+    return " or ".join(map(str, rounds)) or str(result["rounds"])
 
 
 def limit_text(figure: Figure) -> str:

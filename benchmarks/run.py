@@ -103,7 +103,7 @@ def earlier_cases(path: Path, result: dict[str, object]) -> tuple[list[dict], in
     if not path.exists():
         return [], 0
     earlier = json.loads(path.read_text())
-    for key in ("schema_version", "suite", "quick", "rounds", "threads", "machine", "versions"):
+    for key in ("schema_version", "suite", "quick", "threads", "machine", "versions"):
         if earlier[key] != result[key]:
             raise typer.BadParameter(f"--resume: {path} has {key} {earlier[key]}, this run has {result[key]}")
     return earlier["cases"], earlier["seconds"]

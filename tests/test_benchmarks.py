@@ -251,8 +251,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, tmp_path):
     run.run_suite(*arguments, path, resume=True)
     assert ran == [cases[0].name, "stopped", cases[1].name]
     assert [case["name"] for case in json.loads(path.read_text())["cases"]] == [case.name for case in cases]
-    with pytest.raises(typer.BadParameter, match="--resume: .* has rounds 5, this run has 6"):
-        run.run_suite("block", 6, *arguments[2:], path, resume=True)
+    with pytest.raises(typer.BadParameter, match="--resume: .* has quick True, this run has False"):
+        run.run_suite("block", 5, torch.get_num_threads(), False, path, resume=True)
+    run.run_suite("block", 6, *arguments[2:], path, resume=True)  # more rounds are no other set-up
 
 
 def test_unknown_suite_is_named():

@@ -24,7 +24,6 @@ GATE = torch.tensor([1.5, 0.0, -2.0, 0.0, 0.3, 1.0], dtype=torch.float64)
 GATES = {"no gate": None, "gate": GATE, "per-request gate": GATE * torch.tensor([[1.0], [-3.0], [0.0], [0.5]])}
 
 
-
 def in_projection_leaves(counts: tuple[int, ...], with_bias: tuple[bool, ...]) -> dict:
     """x, and a weight and a bias or None for each head count."""
     weights = draw_weights([(count * HEAD_DIM, WIDTH) for count in counts])
