@@ -12,6 +12,7 @@ from . import errors
 from ._version import __version__
 from .heads import HeadScores, HeadSubset
 from .layers import LayerInfo, Layers
+from .means import HeadMeans
 from .ops.attention.api import attention
 from .ops.projection.api import in_projection, out_projection
 
@@ -26,6 +27,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "HeadMeans",
     "HeadScores",
     "HeadSubset",
     "LayerInfo",

@@ -1,4 +1,4 @@
-"""Reading and writing subsets and scores: one safetensors file that counts, and a JSON copy for people.
+"""Reading and writing values with a row a layer: one safetensors file that counts, and a JSON copy for people.
 
 The safetensors file holds one tensor, and in its metadata under "description" a JSON object that says what the rows
 are. Files appear under their name only when whole; nothing is ever unpickled.
@@ -28,7 +28,10 @@ Built = TypeVar("Built")
 
 @dataclass(frozen=True)
 class FileKind:
-    """One kind of saved object: its tensor with the dtypes and ranks that it may have, and its two files."""
+    """One kind of saved object: its tensor with the dtypes and ranks that it may have, and its two files.
+
+    columns: the dimension of the tensor, from the end, that has the heads; the one before it has the layers.
+    """
 
     name: str
     tensor: str
@@ -36,10 +39,12 @@ class FileKind:
     ranks: tuple[int, ...]
     weights_file: str
     config_file: str
+    columns: int = -1
 
 
 SUBSET = FileKind("subset", "mask", ("U8",), (2, 3), "heads.safetensors", "heads_config.json")
 SCORES = FileKind("scores", "scores", ("F32", "F64"), (2,), "head_scores.safetensors", "head_scores_config.json")
+MEANS = FileKind("means", "means", ("F32", "F64"), (3,), "head_means.safetensors", "head_means_config.json", columns=-2)
 
 
 def save_files(directory: str | os.PathLike, kind: FileKind, tensor: torch.Tensor, layers: Layers, copy: dict) -> None:
@@ -145,8 +150,10 @@ def _read(file: safe_open, kind: FileKind) -> tuple[torch.Tensor, Layers]:
     dtype, shape = stored.get_dtype(), list(stored.get_shape())
     if dtype not in kind.dtypes:
         raise invalid_type(kind.tensor, f"dtype {' or '.join(kind.dtypes)}", dtype)
-    if len(shape) not in kind.ranks or shape[-2:] != [len(layers), layers.max_heads] or 0 in shape:
-        wanted = f"shape [..., {len(layers)}, {layers.max_heads}] with {kind.ranks} dimensions, as described"
+    rows, heads = len(layers), layers.max_heads
+    if len(shape) not in kind.ranks or [shape[kind.columns - 1], shape[kind.columns]] != [rows, heads] or 0 in shape:
+        after = ", ..." if kind.columns < -1 else ""
+        wanted = f"shape [..., {rows}, {heads}{after}] with {kind.ranks} dimensions, as described"
         raise invalid(kind.tensor, wanted, str(shape))
     return file.get_tensor(kind.tensor), layers
 

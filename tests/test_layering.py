@@ -24,6 +24,7 @@ LEVELS = {
     "sparse_heads._ranking": 1,
     "sparse_heads.heads": 1,
     "sparse_heads.layers": 1,
+    "sparse_heads.means": 1,
     "sparse_heads.gates": 2,
     "sparse_heads.ops": 2,
     "sparse_heads.cost": 3,
