@@ -14,6 +14,8 @@ from sparse_heads._files import write_whole
 if TYPE_CHECKING:
     from .study import Method, Table
 
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "experiments"
+
 
 @dataclass(frozen=True)
 class Cell:

@@ -1,23 +1,26 @@
 """What a study gives the runner: its plan as data, and for every seed a model with its data.
 
-A study is a module with a `STUDY`; the runner finds it by name in `run.STUDIES`.
+A study is a module of this folder with a `STUDY`, under its name in STUDIES.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_heads.errors import SparseHeadsError
+from sparse_heads import HeadScores
+from sparse_heads.errors import SparseHeadsError, invalid
 
 from .cells import Cell
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, float | list[float]]  # a list has one number an example, always the same examples in one order
 
+STUDIES = ("sentences", "nli", "dates")
 FROZEN, TRAINED = "frozen", "trained"
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 100  # of the trials alone, so that no final run was selected on
@@ -108,6 +111,8 @@ class Context:
     development: data of the development split.
     tests: the test splits; only final cells open them.
     special_tokens: ids of [CLS], [SEP] and the like.
+    facts: what else a cell should record of the data or the model (sizes, digests, the dense model's metrics).
+    scores: scores that were computed for an earlier cell of the seed, and their seconds.
     """
 
     model: nn.Module
@@ -119,6 +124,8 @@ class Context:
     development: Any
     tests: Sealed
     special_tokens: Sequence[int] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    scores: dict[str, tuple[HeadScores, float]] = field(default_factory=dict)
 
 
 class Sealed:
@@ -134,7 +141,8 @@ class Sealed:
         return dict(self._splits)
 
 
-def smaller(table: Table, steps: int, counts: Sequence[int]) -> Table:
-    """The table for a smoke test: few steps, one seed, one or two trials, the given counts."""
-    methods = [replace(method, trials=method.trials[:2]) for method in table.methods]
-    return replace(table, methods=methods, counts={count: count for count in counts}, steps=steps, seeds=SEEDS[:1])
+def load_study(name: str) -> Study:
+    """The study of that name; InvalidArgumentError for an unknown one."""
+    if name not in STUDIES:
+        raise invalid("study", f"one of {STUDIES}", repr(name))
+    return importlib.import_module(f".{name}", __package__).STUDY

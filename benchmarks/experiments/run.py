@@ -1,0 +1,183 @@
+"""Run the cells of a study that are not there yet: `python -m benchmarks.experiments.run --help`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import torch
+import typer
+from tqdm import tqdm
+
+import sparse_heads as sh
+from sparse_heads.errors import SparseHeadsError
+
+from ..environment import passport
+from . import report
+from .cells import RESULTS, Cell, Store, cells_of, trials_behind
+from .estimate import estimated_minutes
+from .methods import Choice, Job, choose
+from .study import STUDIES, TRAINED, TUNING_SEED, Context, Method, Metrics, Study, load_study
+
+
+def all_cells(study: Study, smoke: bool) -> list[Cell]:
+    """Every cell of the study in the order of running."""
+    tables = study.smoke if smoke else study.tables
+    return [cell for table in tables for cell in cells_of(study.name, table, TUNING_SEED)]
+
+
+class Runner:
+    """Runs cells of one study into a store; contexts stay, one a seed."""
+
+    def __init__(self, study: Study, store: Store, smoke: bool) -> None:
+        self.study, self.store, self.smoke = study, store, smoke
+        self.contexts: dict[int, Context] = {}
+        self.passport = passport()
+
+    def context(self, seed: int) -> Context:
+        """The study's data for a seed, prepared once."""
+        if seed not in self.contexts:
+            self.contexts[seed] = self.study.prepare(seed, self.smoke)
+        return self.contexts[seed]
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Measure one cell and write its file; the content. SparseHeadsError for a cell that is there already."""
+        if self.store.has(cell):
+            raise SparseHeadsError(f"{cell.name}: wanted a cell that was not run yet; its test is taken once")
+        context = self.context(cell.seed)
+        table = self.study.table(cell.table, self.smoke)
+        method = table.method(cell.method)
+        trial, behind = self.decide(cell, method)
+        settings = {**method.settings, **method.trials[trial]}
+        job = Job(cell.method, cell.kept, cell.seed, cell.table == TRAINED, table.steps, settings)
+        content: dict[str, Any] = {
+            "study": cell.study,
+            "table": cell.table,
+            "method": cell.method,
+            "kept": cell.kept,
+            "seed": cell.seed,
+            "trial": cell.trial,
+            "smoke": self.smoke,
+            "settings": settings,
+            "chosen_from": behind,
+            "threads": torch.get_num_threads(),
+            **self.passport,
+            "facts": dict(context.facts),
+        }
+        began = perf_counter()
+        choices = choose(context, method.runs, job)
+        content["results"] = [self.measured(context, cell, choice) for choice in choices]
+        content["seconds"] = round(perf_counter() - began, 2)
+        self.store.write(cell, content)
+        return content
+
+    def decide(self, cell: Cell, method: Method) -> tuple[int, dict[str, float]]:
+        """Which of the method's trials a cell runs, and what the development split said of all of them.
+
+        Raises SparseHeadsError for a final cell with a trial that has not run.
+        """
+        if not cell.final:
+            return cell.trial, {}
+        table = self.study.table(cell.table, self.smoke)
+        behind = trials_behind(cell, table, method, TUNING_SEED)
+        missing = [one.name for one in behind if not self.store.has(one)]
+        if missing:
+            raise SparseHeadsError(f"{cell.name}: wanted the trials that choose its settings first, missing {missing}")
+        found = [self.store.read(one)["results"][0]["development"][self.study.primary] for one in behind]
+        names = [one.name for one in behind]
+        return (found.index(max(found)) if found else 0), dict(zip(names, found, strict=True))
+
+    def measured(self, context: Context, cell: Cell, choice: Choice) -> dict[str, Any]:
+        """A choice's heads, and its metrics: of the development split, and for a final cell of the test splits."""
+        metrics = {"development": means(evaluate(context, choice, context.development))}
+        if cell.final:
+            for name, split in context.tests.open(cell).items():
+                metrics[name] = rounded(evaluate(context, choice, split))
+        return {
+            "label": choice.label,
+            "count": choice.subset.count(),
+            "steps": choice.steps,
+            "seconds": round(choice.seconds, 2),
+            **metrics,
+            "heads": choice.subset.kept(),
+            "scale": None if choice.scale is None else [[round(x, 6) for x in row] for row in choice.scale.tolist()],
+        }
+
+
+def evaluate(context: Context, choice: Choice, split: Any) -> Metrics:
+    """The study's metrics of a split under the chosen heads, by the library's own path."""
+    handle = sh.attach(choice.model)
+    try:
+        with torch.no_grad(), handle.use_heads(choice.subset, scale=choice.scale):
+            return context.evaluate(choice.model, split)
+    finally:
+        handle.detach()
+
+
+def means(metrics: Metrics) -> dict[str, float]:
+    """Every metric as one number."""
+    return {name: sum(x) / len(x) if isinstance(x, list) else x for name, x in metrics.items()}
+
+
+def rounded(metrics: Metrics) -> Metrics:
+    """Lists to five digits, which is far below what any test could tell apart."""
+    return {name: [round(one, 5) for one in x] if isinstance(x, list) else x for name, x in metrics.items()}
+
+
+def pending(cells: list[Cell], store: Store, only: list[str]) -> list[Cell]:
+    """The cells that have no file yet and whose names hold one of `only`, where it names any."""
+    wanted = [cell for cell in cells if not only or any(part in cell.name for part in only)]
+    return [cell for cell in wanted if not store.has(cell)]
+
+
+def within_budget(cells: list[Cell], minutes: float | None) -> Iterator[Cell]:
+    """The cells until the time is over; the one that is running then is finished."""
+    began = perf_counter()
+    progress = tqdm(cells, unit="cell")
+    for cell in progress:
+        if minutes is not None and perf_counter() - began > 60 * minutes:
+            progress.write(f"{minutes:g} minutes are over; the next run goes on with {cell.name}")
+            return
+        progress.set_description(cell.name)
+        yield cell
+
+
+def run_study(name: str, smoke: bool, out: Path, only: list[str], minutes: float | None, threads: int) -> Store:
+    """Run what is pending of a study; its store."""
+    torch.set_num_threads(threads)
+    study = load_study(name)
+    store = Store(out / study.name)
+    cells = all_cells(study, smoke)
+    waiting = pending(cells, store, only)
+    print(f"{study.name}: {len(cells)} cells, {len(waiting)} to run, into {store.folder}")
+    runner = Runner(study, store, smoke)
+    if waiting:
+        minutes_needed = estimated_minutes(study, runner.context(waiting[0].seed), store, waiting, smoke)
+        print(f"estimate: {minutes_needed:.0f} minutes")
+    for cell in within_budget(waiting, minutes):
+        runner.run(cell)
+    return store
+
+
+def main(
+    study: Annotated[str, typer.Argument(help=f"one of {', '.join(STUDIES)}")],
+    smoke: Annotated[bool, typer.Option("--smoke", help="a few steps on little data: claims nothing")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="run cells whose name holds this: frozen-dsp")] = None,
+    budget_minutes: Annotated[float | None, typer.Option(help="start no cell after so many minutes")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the results; a smoke test's is a temporary one")] = None,
+    threads: Annotated[int, typer.Option(help="torch threads")] = 2,
+) -> None:
+    """Run the cells of a study that have no file yet, then write its tables and plots."""
+    if out is None:
+        out = Path(tempfile.mkdtemp(prefix="sparse-heads-smoke-")) if smoke else RESULTS
+    if smoke and out.resolve() == RESULTS:
+        raise typer.BadParameter("--out: wanted another folder for a smoke test than that of the results")
+    store = run_study(study, smoke, out, only or [], budget_minutes, threads)
+    print(report.write(load_study(study), store, smoke))
+
+
+if __name__ == "__main__":
+    typer.run(main)
