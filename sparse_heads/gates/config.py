@@ -107,6 +107,17 @@ def stretch_interval(value: object) -> tuple[float, float]:
     return low, high
 
 
+def initial_log_alpha(value: object) -> str | float:
+    """`value`, if it is "xavier" or a finite number."""
+    if value == "xavier":
+        return "xavier"
+    if isinstance(value, str):
+        raise invalid("initial", "'xavier' or a number", repr(value))
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise invalid_type("initial", "'xavier' or a number", describe(value))
+    return finite_number("initial", value)
+
+
 def _checked_kinds(kinds: object) -> tuple[str | tuple[str, str], ...] | None:
     if kinds is None:
         return None

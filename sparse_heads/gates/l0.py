@@ -12,9 +12,8 @@ from ..errors import invalid
 from ..layers import whole_number
 from .config import (
     GateConfig,
-    finite_number,
+    initial_log_alpha,
     number_from_zero,
-    one_of,
     positive_number,
     preset_fields,
     stretch_interval,
@@ -62,11 +61,8 @@ class HardConcreteConfig(GateConfig):
         super().__post_init__()
         if self.penalty is None:
             self._set(penalty=0.0015 if self.target is None else 0.0)
-        if isinstance(self.initial, str):
-            one_of("initial", self.initial, ("xavier",))
-        else:
-            self._set(initial=finite_number("initial", self.initial))
         self._set(
+            initial=initial_log_alpha(self.initial),
             penalty=number_from_zero("penalty", self.penalty),
             temperature=positive_number("temperature", self.temperature),
             stretch=stretch_interval(self.stretch),
@@ -81,7 +77,7 @@ class HardConcreteConfig(GateConfig):
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> HardConcreteConfig:
-        """"voita" (as Li et al. 2021 ran it on BERT) or "louizos" (distribution and first draw), with changes."""
+        """The setting "voita" (as Li et al. 2021 ran it on BERT) or "louizos" (distribution and first draw)."""
         return cls(**{**preset_fields(_PRESETS, name), **changes})
 
     def build(self, layer_of: Tensor) -> HardConcreteGates:

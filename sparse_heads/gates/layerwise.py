@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..layers import whole_number
-from .config import GateConfig, finite_number, number_from_zero, one_of, positive_number, stretch_interval
+from .config import GateConfig, initial_log_alpha, number_from_zero, positive_number, stretch_interval
 from .hard_concrete import open_probability, stretched_concrete
 from .method import GateMethod, checked_layer_of, xavier_uniform
 from .schedule import linear_warmup
@@ -41,11 +41,8 @@ class LayerwiseConfig(GateConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.initial, str):
-            one_of("initial", self.initial, ("xavier",))
-        else:
-            self._set(initial=finite_number("initial", self.initial))
         self._set(
+            initial=initial_log_alpha(self.initial),
             penalty=number_from_zero("penalty", self.penalty),
             warmup_start=whole_number("warmup_start", self.warmup_start, 0),
             warmup_steps=whole_number("warmup_steps", self.warmup_steps, 0),
