@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import sparse_heads as sh
+from sparse_heads.pruning.training import train
 
 from .study import Context
 
@@ -139,13 +141,24 @@ def by_hard_concrete(context: Context, job: Job) -> list[Choice]:
 
 
 def trained_gates(context: Context, job: Job, config: Any) -> tuple[Any, float]:
-    """Gates after the job's steps, still attached, and the seconds; on a copy of the model where the weights train."""
+    """Gates after the job's steps, still attached, and the seconds; on a copy of the model where the weights train.
+
+    There every learning rate falls to 0 over the steps, as in recovery and in the published runs.
+    """
     began = perf_counter()
     model = copy.deepcopy(context.model) if job.trained else context.model
     gates = sh.attach_gates(model, config)
     try:
-        sh.train_gates(
-            gates, context.train, steps=job.steps, lr=job.settings.get("lr"), loss=context.loss, seed=job.seed
+        train(
+            model,
+            torch.optim.AdamW(gates.parameter_groups(lr=job.settings.get("lr"))),
+            context.train,
+            steps=job.steps,
+            loss=context.loss,
+            gates=gates,
+            decay=job.trained,
+            seed=job.seed,
+            description="gates",
         )
     except BaseException:
         gates.detach()

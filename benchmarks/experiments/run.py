@@ -95,7 +95,7 @@ class Runner:
         metrics = {"development": means(evaluate(context, choice, context.development))}
         if cell.final:
             for name, split in context.tests.open(cell).items():
-                metrics[name] = rounded(evaluate(context, choice, split))
+                metrics[name] = kept_numbers(evaluate(context, choice, split), self.study.primary)
         return {
             "label": choice.label,
             "count": choice.subset.count(),
@@ -122,9 +122,10 @@ def means(metrics: Metrics) -> dict[str, float]:
     return {name: sum(x) / len(x) if isinstance(x, list) else x for name, x in metrics.items()}
 
 
-def rounded(metrics: Metrics) -> Metrics:
-    """Lists to five digits, which is far below what any test could tell apart."""
-    return {name: [round(one, 5) for one in x] if isinstance(x, list) else x for name, x in metrics.items()}
+def kept_numbers(metrics: Metrics, primary: str) -> Metrics:
+    """The primary metric with a number an example, to five digits; means of the others."""
+    numbers = metrics[primary]
+    return {**means(metrics), primary: [round(x, 5) for x in numbers] if isinstance(numbers, list) else numbers}
 
 
 def pending(cells: list[Cell], store: Store, only: list[str]) -> list[Cell]:
