@@ -96,4 +96,4 @@ def to_json(content: dict[str, Any]) -> str:
     """JSON with one entry a line, and one result a line."""
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items() if key != "results"]
     results = ",\n".join(json.dumps(result) for result in content.get("results", []))
-    return "{\n" + ",\n".join(lines) + ',\n"results": [\n' + results + "\n]\n}\n"
+    return "{\n" + ",\n".join([*lines, f'"results": [\n{results}\n]']) + "\n}\n"
