@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 
 import torch
 
 from ... import _native
+from ..._attention_arguments import check_score_arguments, visible_span, without_autocast
 from ...errors import BackendUnavailableError, SparseHeadsWarning, UnsupportedError
-from .common import visible_span
 from .cpu import attention_cpu
 from .reference import attention_reference
 from .sdpa import attention_sdpa
-from .validation import (
-    check_backend,
-    check_head_arguments,
-    check_inputs,
-    check_score_arguments,
-)
+from .validation import check_backend, check_head_arguments, check_inputs
 
 
 def attention(
@@ -137,7 +131,7 @@ def attend(
     """
     implementation = _choose(backend, query, head_mask, softcap, sinks)
     options = {"gate": gate, "attn_mask": attn_mask, "span": span, "scale": scale}
-    with _without_autocast(query.device.type):
+    with without_autocast(query.device.type):
         if implementation == "cpu":
             return attention_cpu(
                 query, key, value, head_mask, kv_heads=kv_heads, softcap=softcap, sinks=sinks, **options
@@ -200,10 +194,3 @@ def _warn_reference() -> None:
             SparseHeadsWarning,
             stacklevel=5,
         )
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """The inputs' dtype is the caller's choice: autocast has already made it where the projections ran."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()

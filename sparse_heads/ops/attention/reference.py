@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .common import span_mask
+from ..._attention_arguments import span_mask
 
 
 def attention_reference(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .common import span_mask
+from ..._attention_arguments import span_mask
 
 
 def attention_sdpa(

@@ -6,11 +6,11 @@ import math
 
 import torch
 
+from ..._attention_arguments import DTYPES, check_head_mask, check_heads, check_placed, check_query_and_key
 from ...errors import BackendUnavailableError, UnsupportedError, describe, invalid, invalid_type
 
 BACKENDS = ("auto", "reference", "sdpa", "cpu")
 NOT_BUILT = ("triton", "cuda")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_backend(backend: object, softcap: float | None, sinks: torch.Tensor | None) -> None:
@@ -30,27 +30,10 @@ def check_backend(backend: object, softcap: float | None, sinks: torch.Tensor | 
 
 def check_inputs(query: object, key: object, value: object) -> None:
     """query [B, H, T, D], key [B, H_kv, S, D], value [B, H_kv, S, Dv] of one floating dtype on one device."""
-    wanted = {"query": "[B, H, T, D]", "key": "[B, H_kv, S, D]", "value": "[B, H_kv, S, Dv]"}
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, torch.Tensor):
-            raise invalid_type(name, f"a tensor {wanted[name]}", tensor)
-        if tensor.dtype not in DTYPES:
-            raise invalid_type(name, "float16, bfloat16, float32 or float64", tensor)
-        if tensor.dtype != query.dtype:
-            raise invalid_type(name, f"the dtype of query, {query.dtype}", tensor)
-        if tensor.device != query.device:
-            raise invalid(name, f"the device of query, {query.device}", tensor)
-        if tensor.dim() != 4:
-            raise invalid(name, f"a tensor {wanted[name]}", tensor)
-    batch, heads, _, head_dim = query.shape
-    kv_heads, positions = key.shape[1:3]
-    if head_dim == 0:
-        raise invalid("query", "a head dimension of 1 or more", query)
-    if (key.shape[0], key.shape[3]) != (batch, head_dim):
-        raise invalid("key", f"[{batch}, H_kv, S, {head_dim}] to go with query {list(query.shape)}", key)
-    if heads != kv_heads and (kv_heads == 0 or heads == 0 or heads % kv_heads):
-        raise invalid("key", f"a number of heads that divides the {heads} of query", key)
+    check_query_and_key(query, key)
+    check_heads("value", "[B, H_kv, S, Dv]", value, query)
     if value.shape[:3] != key.shape[:3]:
+        batch, kv_heads, positions = key.shape[:3]
         raise invalid("value", f"[{batch}, {kv_heads}, {positions}, Dv] to go with key {list(key.shape)}", value)
 
 
@@ -62,17 +45,10 @@ def check_head_arguments(query: torch.Tensor, head_mask: object, gate: object, s
     batch, heads = query.shape[:2]
     shared, per_request = (heads,), (batch, heads)
     either = f"[H] = [{heads}] or [B, H] = [{batch}, {heads}]"
-    if head_mask is not None:
-        if not isinstance(head_mask, torch.Tensor) or head_mask.dtype != torch.bool:
-            raise invalid_type("head_mask", f"a bool tensor {either}", head_mask)
-        _check_placed("head_mask", head_mask, query)
-        if head_mask.dim() > 2:
-            raise invalid("head_mask", f"{either} (masks per token are not supported)", head_mask)
-        if head_mask.shape not in (shared, per_request):
-            raise invalid("head_mask", either, head_mask)
+    check_head_mask(query, head_mask)
     if gate is not None:
         _check_floating("gate", gate)
-        _check_placed("gate", gate, query)
+        check_placed("gate", gate, query)
         if gate.shape not in (shared, per_request):
             raise invalid("gate", either, gate)
         # Elsewhere a look at the values would synchronise, or break the graph that is being compiled.
@@ -80,7 +56,7 @@ def check_head_arguments(query: torch.Tensor, head_mask: object, gate: object, s
             raise invalid("gate", "finite values", f"{int((~gate.isfinite()).sum())} that are NaN or infinite")
     if sinks is not None:
         _check_floating("sinks", sinks)
-        _check_placed("sinks", sinks, query)
+        check_placed("sinks", sinks, query)
         if sinks.shape != shared:
             raise invalid("sinks", f"[H] = [{heads}]", sinks)
         if sinks.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -91,49 +67,6 @@ def check_head_arguments(query: torch.Tensor, head_mask: object, gate: object, s
                 raise invalid("sinks", "finite values or -inf (no sink)", f"{int(wrong.sum())} that are NaN or inf")
 
 
-def check_score_arguments(
-    query: torch.Tensor, keys: int, attn_mask: object, is_causal: object, scale: object, softcap: object, window: object
-) -> None:
-    """What changes the scores: attn_mask, is_causal, scale, softcap and window."""
-    if attn_mask is not None:
-        full = (*query.shape[:3], keys)
-        if not isinstance(attn_mask, torch.Tensor):
-            raise invalid_type("attn_mask", "a bool or floating tensor", attn_mask)
-        if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
-            raise invalid_type("attn_mask", f"bool, float32 or the dtype of query, {query.dtype}", attn_mask)
-        _check_placed("attn_mask", attn_mask, query)
-        sizes = zip(reversed(attn_mask.shape), reversed(full), strict=False)
-        if attn_mask.dim() > 4 or any(size not in (1, whole) for size, whole in sizes):
-            raise invalid("attn_mask", f"a shape that broadcasts to [B, H, T, S] = {list(full)}", attn_mask)
-    if not isinstance(is_causal, bool):
-        raise invalid_type("is_causal", "True or False", is_causal)
-    for name, number in (("scale", scale), ("softcap", softcap)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
-            raise invalid_type(name, "a number or None", number)
-    arithmetic = torch.finfo(torch.promote_types(query.dtype, torch.float32))
-    if scale is not None and not abs(scale) <= arithmetic.max:
-        raise invalid("scale", f"a number that is finite in {arithmetic.dtype}", scale)
-    if softcap is not None and not arithmetic.smallest_normal <= softcap <= arithmetic.max:
-        raise invalid("softcap", f"a number that is finite and above 0 in {arithmetic.dtype}", softcap)
-    _check_window(window)
-
-
-def _check_window(window: object) -> None:
-    wanted = "an int of 1 or more (or -1), (left, right) of ints of 0 or more (or -1), or None"
-    if window is None:
-        return
-    sizes = window if isinstance(window, tuple) else (window,)
-    if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
-        raise invalid_type("window", wanted, window)
-    if min(sizes, default=-1) < -1 or window == 0 or (isinstance(window, tuple) and len(window) != 2):
-        raise invalid("window", wanted, window)
-
-
 def _check_floating(name: str, tensor: object) -> None:
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES:
         raise invalid_type(name, "a float16, bfloat16, float32 or float64 tensor", tensor)
-
-
-def _check_placed(name: str, tensor: torch.Tensor, query: torch.Tensor) -> None:
-    if tensor.device != query.device:
-        raise invalid(name, f"the device of query, {query.device}", tensor)
