@@ -31,13 +31,13 @@ struct Array4 {
   }
 };
 
-// A tensor of two dimensions (request, head), strides in elements; null when there is none.
+// A tensor of two dimensions, (request, head) where nothing else is said, strides in elements; null when there is none.
 template <class T>
 struct Array2 {
   T* data = nullptr;
   int64_t strides[2] = {0, 0};
 
-  T& at(int64_t request, int64_t head) const { return data[request * strides[0] + head * strides[1]]; }
+  T& at(int64_t request, int64_t column) const { return data[request * strides[0] + column * strides[1]]; }
 };
 
 // output = gate * softmax(mask(softcap(scale * query . key))) . value for the (request, head) pairs that are on.
