@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,12 +119,13 @@ class HardConcreteGates(GateMethod):
     def penalty(self) -> Tensor:
         """penalty * (expected open gates); or with a target the Lagrangian a * excess + b * excess^2.
 
-        excess is the expected number of open gates less the target, as a share of all gates.
+        excess = (expected open gates - target) / sqrt(n). The root only sets how fast the multipliers a and b act:
+        without it the gates close before they have learned, with n instead the number swings for hundreds of steps.
         """
         expected = open_probability(self.importances, self.config.temperature, self.config.stretch).sum()
         if self.config.target is None:
             return self.config.penalty * expected
-        excess = (expected - self.config.target) / len(self.importances)
+        excess = (expected - self.config.target) / math.sqrt(len(self.importances))
         return self.multipliers[0] * excess + self.multipliers[1] * excess.square()
 
     def keep(self) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from ..errors import invalid, invalid_type
 from ..layers import whole_number
 from .config import positive_number
 
-_LOG_TINY = math.log(torch.finfo(torch.float64).tiny)
+_TINY = torch.finfo(torch.float64).tiny
 # Exact ties at low temperatures have derivatives beyond float64; their squares must not overflow in an optimizer.
 _LARGEST_GRADIENT = 1e150
 
@@ -50,11 +49,11 @@ class _SoftTopK(torch.autograd.Function):
     def forward(ctx: Any, scores: Tensor, k: int, temperature: float) -> Tensor:
         count = len(scores)
         chosen = scores.new_empty(k if k < count else 0, count)  # [k, n]: one softmax a row
-        remaining, scratch = scores.clone(), torch.empty_like(scores)
+        remaining, scratch, one = scores.clone(), torch.empty_like(scores), scores.new_ones(())
         for probabilities in chosen.unbind():
             torch.div(remaining, temperature, out=scratch)
             torch.softmax(scratch, 0, out=probabilities)
-            remaining.add_(torch.neg(probabilities, out=scratch).log1p_().clamp_(min=_LOG_TINY))
+            remaining.add_(torch.sub(one, probabilities, out=scratch).clamp_(min=_TINY).log_())
         ctx.save_for_backward(chosen)
         ctx.temperature = temperature
         return chosen.sum(0) if len(chosen) else torch.full_like(scores, float(k == count))
