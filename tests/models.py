@@ -39,6 +39,23 @@ _DISTILBERT = {
     "dropout": 0.0,
     "attention_dropout": 0.0,
 }
+_BART = {
+    "vocab_size": VOCABULARY,
+    "d_model": 48,
+    "encoder_layers": 3,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 37,
+    "decoder_ffn_dim": 37,
+    "max_position_embeddings": 40,
+    "dropout": 0.0,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
 # name: configuration class, model class, settings. "gqa" has groups of two query heads.
 MODELS = {
     "bert": ("BertConfig", "BertModel", _BERT),
@@ -48,6 +65,8 @@ MODELS = {
     "roberta": ("RobertaConfig", "RobertaModel", _BERT | {"pad_token_id": 1}),
     "electra": ("ElectraConfig", "ElectraModel", _BERT | {"embedding_size": 20}),
     "distilbert": ("DistilBertConfig", "DistilBertModel", _DISTILBERT),
+    "bart": ("BartConfig", "BartForConditionalGeneration", _BART),
+    "marian": ("MarianConfig", "MarianModel", _BART),
     "llama": ("LlamaConfig", "LlamaModel", _LLAMA),
     "llama_lm": ("LlamaConfig", "LlamaForCausalLM", _LLAMA),
     "gqa": ("LlamaConfig", "LlamaForCausalLM", _LLAMA | {"num_key_value_heads": 2, "attention_bias": True}),
@@ -73,7 +92,7 @@ def randomised(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
 
 
 def inputs(model: nn.Module, rows: int = 3, length: int = 7) -> dict[str, Tensor]:
-    """Token ids and a mask with padding in the last row; encoder states as well for a model with cross-attention."""
+    """Token ids and a mask with padding in the last row; with cross-attention also what the other stack reads."""
     generator = torch.Generator().manual_seed(11)
     ids = torch.randint(5, VOCABULARY, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
@@ -84,6 +103,8 @@ def inputs(model: nn.Module, rows: int = 3, length: int = 7) -> dict[str, Tensor
         encoder_mask = torch.ones(rows, 5, dtype=torch.long)
         encoder_mask[0, 3:] = 0
         batch |= {"encoder_hidden_states": states.to(model.dtype), "encoder_attention_mask": encoder_mask}
+    if getattr(model.config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = torch.randint(5, VOCABULARY, (rows, length), generator=generator)
     return batch
 
 
@@ -112,7 +133,7 @@ def output_projection(model: nn.Module, layer: str) -> nn.Linear:
     if last in ("self", "attention") and not hasattr(model.get_submodule(layer), "out_lin"):
         return model.get_submodule(f"{parent}.output.dense")
     module = model.get_submodule(layer)
-    return module.o_proj if hasattr(module, "o_proj") else module.out_lin
+    return next(getattr(module, name) for name in ("o_proj", "out_proj", "out_lin") if hasattr(module, name))
 
 
 def masked_copy(model: nn.Module, layers: tuple, mask: Tensor) -> nn.Module:

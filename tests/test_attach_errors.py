@@ -192,7 +192,7 @@ class Attention(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(24, 24) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.mixed = (nn.Linear(24, 24) for _ in range(4))
         self.head_dim = 6
 
     def forward(self, x):
@@ -202,7 +202,7 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         heads = nn.functional.scaled_dot_product_attention(query, key, value)
-        return self.out_proj(heads.transpose(1, 2).flatten(2))
+        return self.mixed(heads.transpose(1, 2).flatten(2))
 
 
 def test_an_unknown_family_and_the_advice_it_gets():
@@ -212,10 +212,11 @@ def test_an_unknown_family_and_the_advice_it_gets():
         sh.attach(nn.Sequential(nn.Linear(3, 3)))
     model = nn.Sequential(Attention(), Attention())
     with pytest.raises(
-        UnknownFamilyError, match=r"output projection of 0 at 0.o_proj, got none.*append a Family\(.*exclude="
+        UnknownFamilyError,
+        match=r"output projection of 0 at 0.o_proj or 0.out_proj, got none.*append a Family\(.*exclude=",
     ):
         sh.attach(model)
-    families.FAMILIES.append(families.Family("q_proj", "k_proj", "v_proj", "out_proj", "head_dim"))
+    families.FAMILIES.append(families.Family("q_proj", "k_proj", "v_proj", "mixed", "head_dim"))
     try:
         handle = sh.attach(model)
     finally:
@@ -226,9 +227,9 @@ def test_an_unknown_family_and_the_advice_it_gets():
     result = model(x)
     handle.detach()
     with torch.no_grad():
-        model[0].out_proj.weight[:, :6] = 0
-        model[0].out_proj.weight[:, 18:] = 0
-        model[1].out_proj.weight[:, :18] = 0
+        model[0].mixed.weight[:, :6] = 0
+        model[0].mixed.weight[:, 18:] = 0
+        model[1].mixed.weight[:, :18] = 0
     torch.testing.assert_close(result, model(x))
 
 

@@ -52,8 +52,7 @@ REFUSED = {
     "olmo3": (r"q_norm.weight \[48\]", _DECODER),
     "t5": "no attention layer in t5.*append a Family",
     "albert": "output projection of encoder.*append a Family",
-    "bart": "output projection of encoder.*append a Family",
-    "clip": "output projection of text_model.*append a Family",
+    "whisper": "num_heads",
     "gpt2": "no attention layer in gpt2.*append a Family",
     "modernbert": "no attention layer in modernbert.*append a Family",
 }

@@ -96,7 +96,8 @@ def _stack(name: str, module: nn.Module) -> str:
 
 def _kind(name: str, module: nn.Module) -> str:
     own_names = (*name.split(".")[-2:], type(module).__name__)
-    return "cross" if any("cross" in each.lower() for each in own_names) else "self"
+    over_encoder = own_names[-2] == "encoder_attn"  # as BART calls the decoder's attention over the encoder's output
+    return "cross" if over_encoder or any("cross" in each.lower() for each in own_names) else "self"
 
 
 def _describe(
@@ -105,6 +106,7 @@ def _describe(
     query, key, value, output = (projections[role] for role in ("query", "key", "value", "output"))
     num_heads, num_kv_heads = query.out_features // head_dim, key.out_features // head_dim
     expected = getattr(config, "num_attention_heads", num_heads)
+    expected = getattr(config, f"{stack}_attention_heads", expected)  # stacks of BART may differ
     consistent = (
         num_heads == expected
         and query.out_features == output.in_features == num_heads * head_dim

@@ -25,4 +25,5 @@ FAMILIES = [
     Family("query", "key", "value", "../output.dense", "attention_head_size"),  # BERT, RoBERTa, ELECTRA
     Family("q_lin", "k_lin", "v_lin", "out_lin", "attention_head_size"),  # DistilBERT
     Family("q_proj", "k_proj", "v_proj", "o_proj", "head_dim"),  # Llama
+    Family("q_proj", "k_proj", "v_proj", "out_proj", "head_dim"),  # BART, Marian, CLIP
 ]
