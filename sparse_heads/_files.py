@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
@@ -28,30 +28,53 @@ Built = TypeVar("Built")
 
 @dataclass(frozen=True)
 class FileKind:
-    """One kind of saved object: its tensor with the dtypes and ranks that it may have, and its two files.
+    """One kind of saved object, and its two files."""
+
+    name: str
+    weights_file: str
+    config_file: str
+
+
+@dataclass(frozen=True)
+class TensorKind(FileKind):
+    """One that is a single tensor, with the dtypes and ranks that it may have.
 
     columns: the dimension of the tensor, from the end, that has the heads; the one before it has the layers.
     """
 
-    name: str
     tensor: str
     dtypes: tuple[str, ...]
     ranks: tuple[int, ...]
-    weights_file: str
-    config_file: str
     columns: int = -1
 
 
-SUBSET = FileKind("subset", "mask", ("U8",), (2, 3), "heads.safetensors", "heads_config.json")
-SCORES = FileKind("scores", "scores", ("F32", "F64"), (2,), "head_scores.safetensors", "head_scores_config.json")
-MEANS = FileKind("means", "means", ("F32", "F64"), (3,), "head_means.safetensors", "head_means_config.json", columns=-2)
+_FLOATS = ("F32", "F64")
+SUBSET = TensorKind("subset", "heads.safetensors", "heads_config.json", "mask", ("U8",), (2, 3))
+SCORES = TensorKind("scores", "head_scores.safetensors", "head_scores_config.json", "scores", _FLOATS, (2,))
+MEANS = TensorKind("means", "head_means.safetensors", "head_means_config.json", "means", _FLOATS, (3,), columns=-2)
+
+GATES = FileKind("gates", "gates.safetensors", "gates_config.json")
 
 
-def save_files(directory: str | os.PathLike, kind: FileKind, tensor: torch.Tensor, layers: Layers, copy: dict) -> None:
+def save_files(
+    directory: str | os.PathLike, kind: TensorKind, tensor: torch.Tensor, layers: Layers, copy: dict
+) -> None:
     """Write `tensor` and the description of `layers` to the two files of `kind`; `copy` is added to the JSON one.
 
     Makes `directory` where it is missing. Raises InvalidArgumentError when it is a file.
     """
+    save_tensors(directory, kind, {kind.tensor: tensor}, layers, {}, copy)
+
+
+def save_tensors(
+    directory: str | os.PathLike,
+    kind: FileKind,
+    tensors: Mapping[str, torch.Tensor],
+    layers: Layers,
+    details: dict,
+    copy: dict,
+) -> None:
+    """As `save_files` for several tensors; `details` is added to the description that is read back."""
     directory = _path(directory)
     if directory.exists() and not directory.is_dir():
         raise invalid("directory", "a directory", f"the file {str(directory)!r}")
@@ -63,27 +86,41 @@ def save_files(directory: str | os.PathLike, kind: FileKind, tensor: torch.Tenso
         "base_model": layers.base_model,
         "library_version": __version__,
         "layers": [asdict(info) for info in layers],
+        **details,
     }
     note = f"A copy for people: only {kind.weights_file} is read back."
     text = json.dumps({"note": note, **description, **copy}, indent=2, allow_nan=False)
     write_whole(
         {
-            directory / kind.weights_file: save({kind.tensor: tensor}, {"description": json.dumps(description)}),
+            directory / kind.weights_file: save(dict(tensors), {"description": json.dumps(description)}),
             directory / kind.config_file: text.encode() + b"\n",
         }
     )
 
 
-def load_files(source: str | os.PathLike, kind: FileKind, build: Callable[[torch.Tensor, Layers], Built]) -> Built:
+def load_files(source: str | os.PathLike, kind: TensorKind, build: Callable[[torch.Tensor, Layers], Built]) -> Built:
     """`build(tensor, layers)` with what a directory or a Hugging Face Hub repository holds.
 
     Raises InvalidArgumentError when there is no such file, FileFormatError when it is not what `save_files` writes or
     `build` refuses it.
     """
+    return _load(source, kind, lambda file, description: build(*_read_tensor(file, description, kind)))
+
+
+def load_tensors(source: str | os.PathLike, kind: FileKind) -> tuple[dict[str, torch.Tensor], dict, Layers]:
+    """The tensors, the description and its layers that `save_tensors` wrote; sources and errors as for `load_files`."""
+
+    def read(file: safe_open, description: dict) -> tuple[dict[str, torch.Tensor], dict, Layers]:
+        return {name: file.get_tensor(name) for name in file.keys()}, description, _parse_layers(description)
+
+    return _load(source, kind, read)
+
+
+def _load(source: str | os.PathLike, kind: FileKind, read: Callable[[safe_open, dict], Built]) -> Built:
     path = _find(source, kind)
     try:
         with safe_open(path, framework="pt") as file:
-            return build(*_read(file, kind))
+            return read(file, _parse_description(file, kind))
     except (SafetensorError, OSError) as error:
         raise FileFormatError(f"{path}: not a whole safetensors file: {error}") from error
     except (InvalidArgumentError, InvalidTypeError) as error:
@@ -137,14 +174,11 @@ def _download(repository: str, filename: str, wanted: str) -> Path:
         raise invalid("directory", wanted, f"{repository!r}, which is no directory; the Hub says: {error}") from error
 
 
-def _read(file: safe_open, kind: FileKind) -> tuple[torch.Tensor, Layers]:
+def _read_tensor(file: safe_open, description: dict, kind: TensorKind) -> tuple[torch.Tensor, Layers]:
     names = sorted(file.keys())
     if names != [kind.tensor]:
         raise invalid("tensors", f"one, named {kind.tensor!r}", f"{len(names)}: {names[:5]}")
-    header = file.metadata() or {}
-    if "description" not in header:
-        raise invalid("metadata", "a 'description'", f"only {sorted(header)[:5]}")
-    layers = _parse_layers(header["description"], kind)
+    layers = _parse_layers(description)
     # dtype and shape are compared before anything of that size is made
     stored = file.get_slice(kind.tensor)
     dtype, shape = stored.get_dtype(), list(stored.get_shape())
@@ -158,9 +192,12 @@ def _read(file: safe_open, kind: FileKind) -> tuple[torch.Tensor, Layers]:
     return file.get_tensor(kind.tensor), layers
 
 
-def _parse_layers(text: str, kind: FileKind) -> Layers:
+def _parse_description(file: safe_open, kind: FileKind) -> dict:
+    header = file.metadata() or {}
+    if "description" not in header:
+        raise invalid("metadata", "a 'description'", f"only {sorted(header)[:5]}")
     try:
-        description = json.loads(text)
+        description = json.loads(header["description"])
     except (ValueError, RecursionError) as error:
         raise invalid("description", "JSON", str(error)) from error
     if not isinstance(description, dict):
@@ -170,6 +207,10 @@ def _parse_layers(text: str, kind: FileKind) -> Layers:
         raise invalid("schema_version", f"{SCHEMA_VERSION}, all that this library can read", describe(version))
     if description.get("kind") != kind.name:
         raise invalid("kind", repr(kind.name), describe(description.get("kind")))
+    return description
+
+
+def _parse_layers(description: dict) -> Layers:
     entries = description.get("layers")
     if not isinstance(entries, list):
         raise invalid_type("layers", "a list", describe(entries))

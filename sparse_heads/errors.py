@@ -37,6 +37,10 @@ class DetachedError(SparseHeadsError, ValueError):
     """A handle was used after `detach`."""
 
 
+class NotFiniteError(SparseHeadsError, ValueError):
+    """Training met a loss, gradients or importances that are NaN or infinite; the last good ones are kept."""
+
+
 class BackendUnavailableError(SparseHeadsError, ValueError):
     """A backend was asked for by name and cannot run here."""
 

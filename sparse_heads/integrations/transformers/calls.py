@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,22 @@ from .selection import Selection
 
 if TYPE_CHECKING:
     from .handle import Handle
+    from .recording import Recording
+
+
+Fill = tuple[Tensor | None, ...]
+
+
+class Running(NamedTuple):
+    """What a forward runs.
+
+    selection: None where all heads run; scale: float `[L, H]` or `[B, L, H]`, multiplies heads' outputs.
+    fill: of each layer what stands in for the heads that are off, as `fill.fill_of` gives it.
+    """
+
+    selection: Selection | None
+    scale: Tensor | None = None
+    fill: Fill | None = None
 
 
 @dataclass(eq=False)
@@ -25,8 +41,7 @@ class Override:
     """One `use_heads` block; `outer` is the block around it."""
 
     handle: Handle
-    selection: Selection | None
-    scale: Tensor | None
+    running: Running
     outer: Override | None
 
 
@@ -34,19 +49,21 @@ class Override:
 class Call:
     """One forward of an attached model.
 
-    selection: what runs, fitted to `cache`, which the forward continues; chosen: the same before it was fitted.
-    scale: float `[L, H]` or `[B, L, H]`, multiplies heads' outputs.
+    selection, scale, fill: as in `Running`, the selection fitted to `cache`, which the forward continues; chosen: the
+    selection before it was fitted.
     rows: of the batch, where a whole model (`part`) runs and not a layer by itself.
     """
 
     handle: Handle
     selection: Selection | None
     scale: Tensor | None = None
+    fill: Fill | None = None
     outer: Call | None = None
     rows: int | None = None
     part: nn.Module | None = None
     cache: Any = None
     rows_outside: list[int | None] = field(default_factory=list)  # of the models around the one that runs
+    recording: Recording | None = None  # while the forward runs inside a `record` block
 
     def __post_init__(self) -> None:
         self.chosen = self.selection
@@ -56,9 +73,9 @@ _overrides: ContextVar[Override | None] = ContextVar("sparse_heads_overrides", d
 _calls: ContextVar[Call | None] = ContextVar("sparse_heads_calls", default=None)
 
 
-def enter_override(handle: Handle, selection: Selection | None, scale: Tensor | None) -> Override:
+def enter_override(handle: Handle, running: Running) -> Override:
     """Open a `use_heads` block in this thread or task."""
-    override = Override(handle, selection, scale, _overrides.get())
+    override = Override(handle, running, _overrides.get())
     _overrides.set(override)
     return override
 
@@ -75,20 +92,22 @@ def leave_override(override: Override) -> None:
 
 
 def new_call(handle: Handle) -> Call:
-    """A record of the innermost `use_heads` of this thread or task, else of what `set_heads` said."""
+    """A record of the innermost `use_heads` of this thread or task, else of attached gates, else of `set_heads`."""
     override = _overrides.get()
     while override is not None:
         if override.handle is handle:
-            return Call(handle, override.selection, override.scale)
+            return Call(handle, *override.running)
         override = override.outer
-    return Call(handle, handle.default_call.selection)
+    if handle.gates is not None:
+        return Call(handle, *handle.gates.running())
+    return Call(handle, handle.default_call.selection, fill=handle.default_call.fill)
 
 
 def current_call(handle: Handle) -> Call:
     """The record of the forward that runs; a layer called directly gets one of its own."""
     call = _calls.get()
     if call is None:
-        return handle.default_call if _overrides.get() is None else new_call(handle)
+        return handle.default_call if _overrides.get() is None and handle.gates is None else new_call(handle)
     return call if call.handle is handle else open_call(handle) or new_call(handle)
 
 

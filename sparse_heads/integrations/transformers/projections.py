@@ -133,7 +133,7 @@ class InProjection(nn.Linear):
 
 
 class OutProjection(nn.Linear):
-    """An output projection that reads the kept heads' columns only; `scale` acts on its input."""
+    """An output projection that reads the kept heads' columns only; `scale` acts on its input, `fill` on its output."""
 
     _sparse_heads: tuple[Site, str]
 
@@ -148,6 +148,15 @@ class OutProjection(nn.Linear):
             site.check_rows(call, True, input)
         if row is None:
             return F.linear(input if scale is None else _scaled(input, scale), self.weight, self.bias)
+        fill = None if call.fill is None else call.fill[site.row]
+        if fill is None or fill.dim() == 1:
+            return self._project(site, call, row, input, scale, _sum(self.bias, fill))
+        output = self._project(site, call, row, input, scale, self.bias)
+        return output + rows_of_requests("fill", fill, output.shape[0]).to(output.dtype).unsqueeze(1)
+
+    def _project(
+        self, site: Site, call: Call, row: LayerSelection, input: Tensor, scale: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
         heads, head_dim = row.query, site.layer.v_head_dim
         wide = isinstance(heads, WideHeads)
         count = site.layer.num_heads if wide else heads.kept.shape[0]
@@ -161,16 +170,23 @@ class OutProjection(nn.Linear):
             site.check_rows(call, row.per_request, input)
             input = input if scale is None else _scaled(input, scale)
             mask = heads.for_rows(input.shape[0])
-            return implementation.out_projection_per_request(input, self.weight, self.bias, mask, head_dim)
+            return implementation.out_projection_per_request(input, self.weight, bias, mask, head_dim)
         if heads.is_empty:
             input = input[..., :0]
         elif scale is not None:
             input = _scaled(input, scale[..., heads.kept])
-        return implementation.out_projection(input, self.weight, self.bias, heads.kept, head_dim)
+        return implementation.out_projection(input, self.weight, bias, heads.kept, head_dim)
+
+
+def _sum(bias: Tensor | None, fill: Tensor | None) -> Tensor | None:
+    if fill is None or bias is None:
+        return bias if fill is None else fill
+    return bias + fill
 
 
 def _scaled(heads: Tensor, scale: Tensor) -> Tensor:
-    """`heads [B, T, H*D]` times `scale [H]` or `[B, H]`."""
+    """`heads [B, T, H*D]` times `scale [H]` or `[B, H]`, in float32 or wider, as is the sum of the scale's gradient."""
     if scale.dim() == 2:
         scale = rows_of_requests("scale", scale, heads.shape[0]).unsqueeze(1)
-    return (heads.unflatten(-1, (scale.shape[-1], -1)) * scale.to(heads.dtype).unsqueeze(-1)).flatten(-2)
+    scale = scale.to(heads.device, torch.promote_types(heads.dtype, torch.float32)).unsqueeze(-1)
+    return (heads.unflatten(-1, (scale.shape[-2], -1)) * scale).flatten(-2).to(heads.dtype)
