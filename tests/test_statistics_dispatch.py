@@ -79,10 +79,10 @@ def test_the_kernel_wants_tensors_on_the_cpu():
 @pytest.mark.parametrize("case", ["plain", "everything"])
 def test_the_operator(case, dtype):
     _native.load()
-    options = [None] * 5 + [0]
+    options = [None] * 4 + [0]
     if case == "everything":
         groups = draw_groups(2, 7, 2)
-        options = [HEAD_MASK, torch.tensor([0, 0, 0, 1, 2, 2]), draw_mask(5, 7), draw_mask(2, 5), groups, 2]
+        options = [HEAD_MASK, draw_mask(5, 7), draw_mask(2, 5), groups, 2]
     torch.library.opcheck(
         operators.attention_statistics, (*inputs(dtype).values(), *options, -1, 0, -math.inf, 0.5, 3.0)
     )
@@ -99,12 +99,11 @@ def test_compiled_statistics_are_the_statistics():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory and forbids pages as Linux does")
-@pytest.mark.parametrize("case", ["memory", "unreadable"])
-def test_in_a_process_of_its_own(case):
+def test_long_inputs_and_masked_heads_in_a_process_of_its_own():
     _native.load()
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     result = subprocess.run(
-        [sys.executable, SCRIPT, case], capture_output=True, text=True, env=environment, timeout=300, check=False
+        [sys.executable, SCRIPT], capture_output=True, text=True, env=environment, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[-1] == "done"

@@ -32,8 +32,7 @@ Tensor run(
   statistics.groups = groups;
   const int64_t columns = statistics.columns();
   const int64_t heads = attention.heads;
-  Tensor sums =
-      empty_strided({requests, heads, columns}, {heads * columns, columns, 1}, aoti_torch_dtype_float64());
+  Tensor sums = empty_strided({requests, heads, columns}, {heads * columns, columns, 1}, aoti_torch_dtype_float64());
   torch::stable::zero_(sums);
   statistics.sums = static_cast<double*>(sums.mutable_data_ptr());
   measure(statistics);
@@ -41,14 +40,14 @@ Tensor run(
 }
 
 Tensor attention_statistics(
-    const Tensor& query, const Tensor& key, const OptionalTensor& head_mask, const OptionalTensor& kv_heads,
-    const OptionalTensor& attn_mask, const OptionalTensor& query_mask, const OptionalTensor& key_groups,
-    int64_t num_groups, int64_t left, int64_t right, double hidden, double scale, double softcap) {
+    const Tensor& query, const Tensor& key, const OptionalTensor& head_mask, const OptionalTensor& attn_mask,
+    const OptionalTensor& query_mask, const OptionalTensor& key_groups, int64_t num_groups, int64_t left, int64_t right,
+    double hidden, double scale, double softcap) {
   const auto run_in = [&](auto scalar) {
     using Scalar = decltype(scalar);
     return run(
-        check_scores<Scalar>(query, key, head_mask, kv_heads, attn_mask, left, right, scale, softcap), query_mask,
-        key_groups, num_groups, hidden);
+        check_scores<Scalar>(query, key, head_mask, {}, attn_mask, left, right, scale, softcap), query_mask, key_groups,
+        num_groups, hidden);
   };
   return dtype_number(query) == aoti_torch_dtype_float64() ? run_in(double{}) : run_in(float{});
 }

@@ -95,58 +95,22 @@ def attention_statistics(
     check_query_mask(query, query_mask)
     check_key_groups(query, key.shape[2], key_groups, num_groups)
     check_backend(backend)
-    return measure(
-        query,
-        key,
-        head_mask,
-        attn_mask=attn_mask,
-        span=visible_span(is_causal, window),
-        scale=scale,
-        softcap=softcap,
-        query_mask=query_mask,
-        key_groups=key_groups,
-        num_groups=num_groups,
-        backend=backend,
-    )
-
-
-def measure(
-    query: Tensor,
-    key: Tensor,
-    head_mask: Tensor | None = None,
-    *,
-    kv_heads: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    span: tuple[int, int] = (-1, -1),
-    scale: float | None = None,
-    softcap: float | None = None,
-    query_mask: Tensor | None = None,
-    key_groups: Tensor | None = None,
-    num_groups: int | None = None,
-    backend: str = "auto",
-) -> AttentionStatistics:
-    """`attention_statistics` on checked arguments, which chooses the implementation and runs it.
-
-    kv_heads: int64 [H], the key/value head that each query head reads; None = h // (H / H_kv).
-    span: `visible_span(is_causal, window)`, how many keys before and after its own position a query sees.
-    """
     if num_groups is None:
         num_groups = 0 if key_groups is None or key_groups.numel() == 0 else max(0, int(key_groups.max()) + 1)
-    options = {
-        "attn_mask": attn_mask,
-        "span": span,
-        "scale": scale,
-        "softcap": softcap,
-        "query_mask": query_mask,
-        "key_groups": key_groups,
-        "num_groups": num_groups,
-    }
+    run = statistics_cpu if _choose(backend, query) == "cpu" else statistics_reference
     with torch.no_grad(), without_autocast(query.device.type):
-        if _choose(backend, query) == "cpu":
-            sums = statistics_cpu(query, key, head_mask, kv_heads=kv_heads, **options)
-        else:
-            key = key if kv_heads is None else key.index_select(1, kv_heads)
-            sums = statistics_reference(query, key, head_mask, **options)
+        sums = run(
+            query,
+            key,
+            head_mask,
+            attn_mask=attn_mask,
+            span=visible_span(is_causal, window),
+            scale=scale,
+            softcap=softcap,
+            query_mask=query_mask,
+            key_groups=key_groups,
+            num_groups=num_groups,
+        )
     # Nothing counted: 0 / 0.
     means = sums[..., 1:] / sums[..., :1]
     counts = sums[..., 0].long()
@@ -186,5 +150,5 @@ def _warn_reference() -> None:
         warnings.warn(
             f"attention_statistics runs the reference: the C++ extension is not available: {_native.why_unavailable()}",
             SparseHeadsWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
