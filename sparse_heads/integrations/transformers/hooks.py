@@ -15,6 +15,8 @@ from transformers import Cache, PreTrainedModel
 from ...errors import SparseHeadsWarning, UnsupportedError
 from . import attention, caches, checkpointing
 from .calls import Call, drop_call, enter_call, leave_call, new_call, open_call, outside_graph
+from .record import open_records
+from .recording import Recording
 from .selection import Selection
 
 if TYPE_CHECKING:
@@ -60,11 +62,15 @@ def _open(handle: Handle, parameters: list[str], module: nn.Module, args: tuple,
     if outermost:
         call = new_call(handle)
         call.part = module
+        records = open_records(handle)
+        call.recording = Recording(records) if records else None
         # Open from here on: the post-hook closes it whatever is raised below.
         enter_call(call)
     call.rows_outside.append(call.rows)
     main = _main_input(module, given)
     call.rows = None if main is None else main.shape[0]
+    if call.recording is not None:
+        call.recording.enter(given, main)
     cache = given.get("past_key_values")
     if cache is not None and cache is not call.cache:
         call.selection = _continue(call, cache, 0 if main is None else main.shape[1])
@@ -73,6 +79,8 @@ def _open(handle: Handle, parameters: list[str], module: nn.Module, args: tuple,
         _check_call(call, given)
     if handle.core or (call.selection is not None and call.selection.needs_attention):
         attention.install(handle)
+    elif call.recording is not None:
+        attention.refresh(handle)
 
 
 def _check_call(call: Call, given: dict) -> None:
@@ -151,4 +159,7 @@ def _close(handle: Handle, module: nn.Module, args: tuple, output: Any) -> None:
             caches.record(cache, call.selection.subset, call.selection, call.rows)
     if call.rows_outside:
         call.rows = call.rows_outside.pop()
-    leave_call(handle, module)
+    if call.recording is not None:
+        call.recording.leave()
+    if leave_call(handle, module) is not None:
+        call.recording = None  # a layer that the backward pass recomputes is not another forward

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ...errors import UnsupportedError
-from ...ops.statistics.api import attention_statistics, head_similarity
+from ...ops.statistics import attention_statistics, head_similarity
 from .selection import CompactHeads, Heads
 
 if TYPE_CHECKING:
