@@ -26,6 +26,7 @@ def environment() -> list[tuple[str, str]]:
         ("backend cuda", "not available: no kernels yet"),
         ("backend auto, projections", "reference" if reason else "cpu"),
         ("backend auto, attention", _attention_backends(reason is None)),
+        ("backend auto, statistics", "reference" if reason else "cpu"),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         *((name, _version_of(name)) for name in PACKAGES),
         ("C++ compiler", _compiler()),

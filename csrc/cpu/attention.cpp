@@ -3,10 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-#include <array>
-#include <cmath>
-#include <optional>
 #include <type_traits>
 #include <vector>
 

@@ -17,7 +17,8 @@ namespace sparse_heads::cpu {
 // Positions whose probability is asked for: the previous, the own and the next.
 constexpr int kNearPositions = 3;
 
-// With e = exp(score - largest) for the keys seen so far, per lane.
+// With e = exp(score - largest) for the keys seen so far, per lane. Probabilities are e / sum, so that the largest is
+// 1 / sum, the norm sqrt(squares) / sum, and the entropy log(sum) - weighted / sum.
 template <class Scalar>
 struct StatisticsState {
   static constexpr int64_t kMaxLanes = Block<Scalar>::kMaxLanes;
