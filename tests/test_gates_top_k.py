@@ -131,6 +131,15 @@ def test_raising_a_score_that_is_certain_changes_nothing():
     assert abs(float(scores.grad[0])) < 1e-12
 
 
+def test_the_guard_of_the_logarithm_has_no_slope():
+    """The first choice is certain to the last bit, is lowered by the guard's 708 only, and competes again."""
+    ours, theirs = (torch.tensor([750.0, 40.0, 0.0], dtype=torch.float64, requires_grad=True) for _ in range(2))
+    soft_top_k(ours, 2, 10.0)[0].backward()
+    recorded_soft_top_k(theirs, 2, 10.0)[0].backward()
+    assert theirs.grad[0] > 0.02
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def test_nan_stays_visible():
     scores = noisy_scores(6)
     scores[2] = torch.nan
