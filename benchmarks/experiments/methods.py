@@ -75,16 +75,15 @@ def by_chance(context: Context, job: Job) -> list[Choice]:
 def scores_of(context: Context, score: Mapping[str, Any], seed: int) -> tuple[sh.HeadScores, float]:
     """`score_heads` with these settings, once for all counts of a context; and the seconds it took.
 
-    settings that are no options of the method: "batches", how many of the calibration (all by default); "needs": which
-    of "loss", "special_tokens" and "seed" it takes from the context.
+    "needs" in the settings is no option of the method, but names those of "loss", "special_tokens" and "seed" that the
+    context or the cell has.
     """
     key = json.dumps(dict(score), sort_keys=True)
     if key not in context.scores:
         options = dict(score)
-        limit, needs = options.pop("batches", None), options.pop("needs", ())
         given = {"loss": context.score_loss, "special_tokens": tuple(context.special_tokens), "seed": seed}
-        options |= {name: given[name] for name in needs}
-        batches = None if options["method"] in ("random", "magnitude") else context.calibration[:limit]
+        options |= {name: given[name] for name in options.pop("needs", ())}
+        batches = None if options["method"] in ("random", "magnitude") else context.calibration
         began = perf_counter()
         scores = sh.score_heads(context.model, batches, **options)
         context.scores[key] = scores, perf_counter() - began

@@ -53,27 +53,26 @@ ATTENTION_SCORES = (
 )
 
 
-def label_free_scores(step: int, batches: int) -> tuple[Method, ...]:
-    """Scores that need no labels. The iterative one takes `step` heads at a time away; those that run the model once a
-    head or a step see `batches` batches, all others the whole calibration set."""
+def label_free_scores(step: int) -> tuple[Method, ...]:
+    """Scores that need no labels; the iterative one takes `step` heads at a time away."""
     projected = {"method": "michel_projected", "needs": ("seed",)}
     return (
         score("magnitude", method="magnitude"),
         *ATTENTION_SCORES,
         score("Michel, projected", **projected),
-        score("Michel, projected, iterative", **projected, rescore_every=step, batches=batches),
-        score("ablation", method="ablation", batches=batches),
+        score("Michel, projected, iterative", **projected, rescore_every=step),
+        score("ablation", method="ablation"),
     )
 
 
-def labelled_scores(step: int, batches: int) -> tuple[Method, ...]:
+def labelled_scores(step: int) -> tuple[Method, ...]:
     """As `label_free_scores`, with the loss of the labels."""
     return (
         score("magnitude", method="magnitude"),
         *ATTENTION_SCORES,
         score("Michel", method="michel", needs=("loss",)),
-        score("Michel, iterative", method="michel", needs=("loss",), rescore_every=step, batches=batches),
-        score("ablation", method="ablation", needs=("loss",), batches=batches),
+        score("Michel, iterative", method="michel", needs=("loss",), rescore_every=step),
+        score("ablation", method="ablation", needs=("loss",)),
     )
 
 
