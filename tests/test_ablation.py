@@ -250,59 +250,6 @@ def test_scores_are_against_all_heads_whatever_is_set():
         assert sh.score_heads(model, [inputs(model)], "ablation") == expected
 
 
-@pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize(
-    "method, with_labels", [("ablation", False), ("ablation", True), ("michel", True), ("michel_projected", False)]
-)
-def test_the_heads_that_carry_the_signal_are_found(method, with_labels, seed):
-    model = build("bert_classifier", num_hidden_layers=2)
-    generator = torch.Generator().manual_seed(seed)
-    kept = torch.rand(2, 4, generator=generator).argsort(1) < 2
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        for row, layer in zip(kept, model.bert.encoder.layer, strict=True):
-            layer.attention.output.dense.weight.unflatten(1, (4, 12))[:, ~row] *= 1e-3
-    batch = labelled(model, rows=8) if with_labels else inputs(model, rows=8)
-    scores = sh.score_heads(model, [batch], method)
-    # the loss may rise or fall: what matters is by how much
-    magnitudes = sh.HeadScores(scores.tensor.abs(), scores.layers)
-    assert torch.equal(magnitudes.top(4).mask, kept)
-
-
-def test_of_a_redundant_pair_neither_is_missed():
-    model = build("bert", num_hidden_layers=1, dtype=torch.float64)
-    layer = model.encoder.layer[0].attention
-    with torch.no_grad():
-        for projection in (layer.self.query, layer.self.key, layer.self.value):
-            for parameter in (projection.weight, projection.bias):
-                parameter[12:24] = parameter[:12]
-        heads = layer.output.dense.weight.unflatten(1, (4, 12))
-        heads[:, 1] = heads[:, 0]
-        # the norm that follows makes the pair's output as large without one of them
-        heads[:, :2] *= 1e6
-        layer.output.dense.bias.zero_()
-    batch = inputs(model)
-    scores = sh.score_heads(model, [batch], "ablation")
-    assert scores.tensor[0, :2].max() < 1e-6
-    with torch.no_grad():
-        dense = model(**batch)[0]
-        neither = masked_copy(model, scores.layers, torch.tensor([[False, False, True, True]]))(**batch)[0]
-    assert (dense - neither).square().sum() > 0.1 * dense.square().sum()
-
-
-def test_a_harmful_head_is_below_zero():
-    model = build("bert_classifier", num_hidden_layers=1, dtype=torch.float64)
-    labels = model(**inputs(model, rows=8)).logits.argmax(1)
-    batch = inputs(model, rows=8) | {"labels": labels}
-    with torch.no_grad():
-        heads = model.bert.encoder.layer[0].attention.output.dense.weight.unflatten(1, (4, 12))
-        heads[:, 2] = 40 * torch.randn(48, 12, dtype=torch.float64)
-    scores = sh.score_heads(model, [batch], "ablation")
-    assert scores.tensor[0, 2] < 0
-    assert scores.tensor[0].argmin() == 2
-
-
 @pytest.mark.parametrize(
     "options, error, message",
     [
