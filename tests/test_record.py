@@ -9,7 +9,18 @@ import threading
 import pytest
 import torch
 from attention_oracle import ByHand, probabilities, visible_keys
-from models import VOCABULARY, build, enable_checkpointing, inputs, masked_copy, masks, output, output_projection
+from models import (
+    VOCABULARY,
+    build,
+    enable_checkpointing,
+    inputs,
+    masked_copy,
+    masks,
+    output,
+    output_projection,
+    randomised,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, DynamicCache, EncoderDecoderConfig, EncoderDecoderModel, StaticCache
 
 import sparse_heads as sh
@@ -299,17 +310,44 @@ def test_a_task_that_outlives_the_block_is_not_collected():
     assert record.count.sum() == 0
 
 
-def test_records_of_two_threads_and_a_subset_between_them():
-    """A block that ends leaves our function to those that need it."""
+def test_a_block_that_ends_leaves_our_function_to_subsets():
     model = build("bert", dtype=torch.float64)
     handle = sh.attach(model)
     mask = torch.stack([masks(3)[which] for which in ("scattered", "one head a layer", "last layer full")])
     batch = inputs(model)
-    with torch.no_grad(), handle.use_heads(mask):
-        expected = output(model, batch)
+    with torch.no_grad():
+        with handle.record():
+            handle.set_heads(mask)
+            expected = output(model, batch)
+        assert model.config._attn_implementation == "sparse_heads_sdpa"
+        layer = model.encoder.layer[1].attention.self  # a layer by itself asks nobody to put the function back
+        assert torch.equal(output(model, batch), expected)
+        assert layer(torch.zeros(3, 4, 48, dtype=torch.float64))[0].shape == (3, 4, 48)
         with handle.record():
             assert torch.equal(output(model, batch), expected)
-        assert torch.equal(output(model, batch), expected)
+        assert model.config._attn_implementation == "sparse_heads_sdpa"
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for each in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(each, torch.Tensor):
+                self.numel = max(self.numel, each.numel())
+        return result
+
+
+def test_nothing_is_as_large_as_the_probabilities():
+    """1 head, 4096 queries and keys; the kernel's own memory is the operator's to test."""
+    model = build("llama", num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    handle = sh.attach(model)
+    ids = torch.randint(5, VOCABULARY, (1, 4096))
+    with torch.no_grad(), LargestTensor() as largest, handle.record(PLAIN, outputs=True) as record:
+        model(ids, use_cache=False)
+    assert record.count.tolist() == [4095]
+    assert largest.numel <= 4096 * 4096 // 8
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -392,14 +430,15 @@ def test_special_mass_counts_queries_that_see_special_tokens_alone():
     assert record.count.tolist() == [3, 3, 3]
 
 
-def encoder_decoder(attention="sdpa"):
+def encoder_decoder(name, attention):
+    if name != "two berts":
+        return build(name, attention, torch.float64)
     plain = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     plain |= {"intermediate_size": 37, "max_position_embeddings": 40}
     config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**plain), BertConfig(**plain))
     config.decoder_start_token_id = config.pad_token_id = 0
     config.decoder.is_decoder = config.decoder.add_cross_attention = True
-    torch.manual_seed(0)
-    model = EncoderDecoderModel(config).double().eval()
+    model = randomised(EncoderDecoderModel(config), torch.float64)
     for part in (model.encoder, model.decoder):
         part.set_attn_implementation(attention)
     return model
@@ -419,16 +458,19 @@ def sequence_pair():
 
 
 @pytest.mark.parametrize("special", [(), SPECIAL])
-def test_an_encoder_decoder(special):
-    model = encoder_decoder()
+@pytest.mark.parametrize("name", ["two berts", "bart", "marian"])
+def test_encoder_decoders(name, special):
+    model = encoder_decoder(name, "sdpa")
     handle = sh.attach(model)
-    assert len(handle.layers) == 6
+    assert {(layer.stack, layer.kind) for layer in handle.layers} == {
+        ("encoder", "self"),
+        ("decoder", "self"),
+        ("decoder", "cross"),
+    }
     batch = sequence_pair()
     with torch.no_grad(), handle.record(PLAIN, special_tokens=special) as record:
         model(**batch)
-        eager = encoder_decoder("eager")
-        eager.load_state_dict(model.state_dict())
-        result = eager(**batch, output_attentions=True)
+        result = encoder_decoder(name, "eager")(**batch, output_attentions=True)
     stacks = {
         ("encoder", "self"): (result.encoder_attentions, "", ""),
         ("decoder", "self"): (result.decoder_attentions, "decoder_", "decoder_"),
