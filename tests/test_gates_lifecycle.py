@@ -202,6 +202,18 @@ def test_the_subset_of_evaluation_follows_the_importances():
     assert not torch.allclose(output(model, batch), before)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_after_a_forward_in_inference_mode(training):
+    model, gates, batch = gated(HARD)
+    model.train(training)
+    with torch.inference_mode():
+        expected = output(model, batch)
+    actual = output(model, batch)
+    assert torch.equal(actual, expected)
+    loss(actual).backward()
+    assert (gates.method.importances.grad is not None) == training
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
 @pytest.mark.parametrize("fused", [False, True])
 def test_every_optimizer_is_noticed(optimizer, fused):

@@ -45,7 +45,8 @@ def attach_gates(model: nn.Module, config: GateConfig) -> Gates:
         loss = model(**batch).loss + gates.penalty()
         loss.backward(); optimizer.step(); optimizer.zero_grad(); gates.step()
 
-    The gates' parameters are no part of the model: its `state_dict` stays as it was.
+    The gates' parameters are no part of the model: its `state_dict` stays as it was. A subset that was set before
+    counts again after `gates.detach()`.
 
     Args:
         model: attached already, or one that `sh.attach` takes.
@@ -310,17 +311,19 @@ class Gates:
             self._warn_of_missing_step(key)
             selection = None
             if self.method.skips_zeros:
-                mask = (scale.detach() != 0).cpu()
-                selection = self.handle.ready(HeadSubset(mask, self.handle.layers))
+                with torch.inference_mode(False):  # what is kept may be needed by a forward with gradients
+                    selection = self.handle.ready(HeadSubset(scale.detach() != 0, self.handle.layers))
             self._drawn = (key, selection)
         return Running(self._drawn[1], scale)
 
     def _evaluating(self) -> Running:
         key = self._key()
         if self._settled is None or self._settled[0] != key:
-            subset, scale = self.subset(), self.scale()
-            plain = bool((scale[subset.mask] == 1.0).all())
-            self._settled = (key, Running(self.handle.ready(subset), None if plain else scale.to(*self._place())))
+            with torch.inference_mode(False):
+                subset, scale = self.subset(), self.scale()
+                plain = bool((scale[subset.mask] == 1.0).all())
+                running = Running(self.handle.ready(subset), None if plain else scale.to(*self._place()))
+            self._settled = (key, running)
         return self._settled[1]
 
     def _place(self) -> tuple[torch.device, torch.dtype]:
