@@ -158,9 +158,9 @@ class Handle:
         never stored: memory is linear in the length.
 
         Args:
-            statistics: of each layer's attention, as `attention_statistics` defines them: "entropy", "sparsity",
-                "confidence", "position_mass"; "redundancy" (similarity to the most similar other head of the layer,
-                slower than all others) and "special_mass" (mass on special tokens).
+            statistics: of each layer's attention, before dropout, as `attention_statistics` defines them: "entropy",
+                "sparsity", "confidence", "position_mass"; "redundancy" (similarity to the most similar other head of
+                the layer, slower than all others) and "special_mass" (mass on special tokens).
             outputs: keep each head's own output of every forward.
             special_tokens: ids, such as `tokenizer.all_special_ids`, whose queries do not count and whose keys are
                 hidden, what is left adding up to 1; "special_mass" is the mass that they have. It needs `input_ids` in
