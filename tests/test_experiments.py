@@ -11,7 +11,7 @@ import torch
 from models import build, inputs
 from torch import Tensor, nn
 
-from benchmarks.experiments import cells, plans, run
+from benchmarks.experiments import cells, methods, plans, run
 from benchmarks.experiments.cells import Cell, Store, cells_of, trials_behind
 from benchmarks.experiments.study import (
     FROZEN,
@@ -122,8 +122,8 @@ def test_a_study_runs_and_only_what_is_missing_runs_again(tmp_path: Path, monkey
         for result in content["results"]:
             splits = {"development", "near", "far"} if final else {"development"}
             assert {name for name, value in result.items() if isinstance(value, dict)} - {"heads"} == splits
-            exact = result["label"] != "L0"
-            assert not exact or result["count"] == content["kept"] == sum(map(len, result["heads"].values()))
+            assert result["exact"] == (result["label"] != "L0")
+            assert not result["exact"] or result["count"] == content["kept"] == sum(map(len, result["heads"].values()))
             assert not final or len(result["near"]["closeness"]) == 3
             trains = content["table"] == TRAINED or content["method"] == "DSP"
             assert result["steps"] == (2 if trains else 0)
@@ -183,6 +183,18 @@ def test_a_cell_that_is_there_is_not_run_again(tmp_path: Path):
     runner.run(cell)
     with pytest.raises(SparseHeadsError, match="magnitude-3-seed0: wanted a cell that was not run yet"):
         runner.run(cell)
+
+
+def test_a_method_that_breaks_its_promise_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    runner = run.Runner(tiny_study(), Store(tmp_path), smoke=False)
+
+    def one_more(context: Context, runs: str, job: methods.Job) -> list[methods.Choice]:
+        return methods.choose(context, runs, replace(job, kept=job.kept + 1))
+
+    monkeypatch.setattr(run, "choose", one_more)
+    with pytest.raises(SparseHeadsError, match="frozen-magnitude-3-seed0: wanted exactly 3 heads, got 4"):
+        runner.run(Cell("tiny", FROZEN, "magnitude", 3, 0))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])

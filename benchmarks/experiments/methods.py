@@ -36,6 +36,7 @@ class Choice:
     """The heads that a method keeps, and the model they are for.
 
     label: the row of the tables; a method may have two, as gates that miss the count and the best of them at it.
+    exact: whether the method promises the count.
     scale: [L, H] multiplies the outputs of kept heads, where gates end between 0 and 1; None: nothing does.
     steps: optimiser steps taken in all. seconds: what choosing took, recovery included.
     """
@@ -46,6 +47,7 @@ class Choice:
     scale: Tensor | None
     steps: int
     seconds: float
+    exact: bool = True
 
 
 def choose(context: Context, runs: str, job: Job) -> list[Choice]:
@@ -135,7 +137,7 @@ def by_hard_concrete(context: Context, job: Job) -> list[Choice]:
     model.eval()
     return [
         Choice(f"{job.method}, top k", best, model, None, job.steps, seconds),
-        Choice(job.method, own, model, scale, job.steps, seconds),
+        Choice(job.method, own, model, scale, job.steps, seconds, exact=False),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -65,6 +66,7 @@ class Runner:
             "chosen_from": behind,
             "threads": torch.get_num_threads(),
             **self.passport,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "facts": dict(context.facts),
         }
         began = perf_counter()
@@ -91,7 +93,12 @@ class Runner:
         return (found.index(max(found)) if found else 0), dict(zip(names, found, strict=True))
 
     def measured(self, context: Context, cell: Cell, choice: Choice) -> dict[str, Any]:
-        """A choice's heads, and its metrics: of the development split, and for a final cell of the test splits."""
+        """A choice's heads, and its metrics: of the development split, and for a final cell of the test splits.
+
+        Raises SparseHeadsError for a method that promises the count and keeps another.
+        """
+        if choice.exact and choice.subset.count() != cell.kept:
+            raise SparseHeadsError(f"{cell.name}: wanted exactly {cell.kept} heads, got {choice.subset.count()}")
         metrics = {"development": means(evaluate(context, choice, context.development))}
         if cell.final:
             for name, split in context.tests.open(cell).items():
@@ -99,6 +106,7 @@ class Runner:
         return {
             "label": choice.label,
             "count": choice.subset.count(),
+            "exact": choice.exact,
             "steps": choice.steps,
             "seconds": round(choice.seconds, 2),
             **metrics,

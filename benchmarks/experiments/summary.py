@@ -17,7 +17,8 @@ Content = dict[str, Any]
 class Line:
     """A label's final runs at one count of one table, averaged over draws of one seed.
 
-    counts, steps, seconds: means over all runs. metrics: {split: {metric: {seed: numbers, one an example or one}}}.
+    exact: whether the method promises the count. count, seconds: means over all runs.
+    metrics: {split: {metric: {seed: numbers, one an example or one}}}.
     """
 
     table: str
@@ -77,7 +78,7 @@ def line_of(table: str, kept: int, label: str, runs: Sequence[tuple[Content, Con
         table,
         kept,
         label,
-        exact=all(result["count"] == kept for result in results),
+        exact=results[0]["exact"],
         count=mean(result["count"] for result in results),
         steps=results[0]["steps"],
         seconds=mean(result["seconds"] for result in results),
