@@ -205,6 +205,24 @@ def test_a_loss_that_runs_the_model_twice():
             torch.testing.assert_close(scores.tensor[row, head], expected, **EXACT)
 
 
+@pytest.mark.parametrize("name", ["llama_lm", "bart"])
+def test_a_loss_that_continues_a_cache(name):
+    model = build(name, dtype=torch.float64)
+    batch = inputs(model)
+    main = "decoder_input_ids" if name == "bart" else "input_ids"
+    rest = {key: value for key, value in batch.items() if name == "bart" and key != main}
+
+    def loss(model, batch):
+        cache = model(**{main: batch[main][:, :4]}, **rest, use_cache=True).past_key_values
+        return model(**{main: batch[main][:, 4:]}, **rest, past_key_values=cache).logits.mean()
+
+    scores = sh.score_heads(model, [batch], "ablation", loss)
+    with torch.no_grad():
+        for row, head, mask in each_head(scores.layers):
+            expected = loss(masked_copy(model, scores.layers, mask), batch) - loss(model, batch)
+            torch.testing.assert_close(scores.tensor[row, head], expected, **LOOSE)
+
+
 @pytest.mark.parametrize("attached", [False, True])
 @pytest.mark.parametrize("fails", [None, "in the first forward", "later"])
 def test_the_model_is_left_as_it_was(attached, fails):

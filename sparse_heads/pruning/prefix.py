@@ -1,4 +1,4 @@
-"""Compute the first blocks of a model once, and share them between forwards that differ only later."""
+"""Compute what comes first in a model once, and share it between forwards that differ only later."""
 
 from __future__ import annotations
 
@@ -12,61 +12,58 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 
-def find_blocks(model: nn.Module, names: Iterable[str]) -> tuple[list[nn.Module | None], list[nn.Module]]:
-    """The block of each named module, and all blocks whose outputs are worth keeping.
-
-    A module's block is its nearest ancestor, or itself, that is an element of an `nn.ModuleList`; None without one.
-    """
+def find_blocks(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """The elements of every outermost `nn.ModuleList` of a model, and of the innermost ones around named modules."""
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    # Elements of outermost lists too: an encoder whose own layers are not attached is shared as well.
-    kept = {path for path in lists if not any(path.startswith(f"{outer}.") for outer in lists)}
-    own: list[nn.Module | None] = []
+    chosen = {path for path in lists if not any(path.startswith(f"{outer}.") for outer in lists)}
     for name in names:
-        parts = name.split(".")
-        paths = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
-        block = next((path for path in paths if path.rpartition(".")[0] in lists), None)
-        own.append(None if block is None else model.get_submodule(block))
-        if block is not None:
-            kept.add(block.rpartition(".")[0])
-    return own, list(dict.fromkeys(block for path in lists if path in kept for block in lists[path]))
+        around = [path for path in lists if name.startswith(f"{path}.")]
+        chosen.update(around[-1:])  # named_modules gives outer ones first
+    return list(dict.fromkeys(block for path in lists if path in chosen for block in lists[path]))
 
 
 class Prefix:
-    """What the blocks of one forward gave, for later forwards that need not run them again.
+    """What modules gave in one forward, for later forwards that need not run them again.
 
-    Holds one output a block, as `output_hidden_states` would. While a block records or hands out, the instance has a
-    `forward` of its own; hooks of the block see every call.
+    kept: the modules, whose outputs it holds; ends: the modules that may be where later forwards begin to differ. While
+    they record or hand out, instances have a `forward` of their own; hooks of a module see every call.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module]) -> None:
-        self._blocks = list(blocks)
+    def __init__(self, kept: Iterable[nn.Module], ends: Iterable[nn.Module]) -> None:
+        self._kept = list(kept)
+        self._ends = list(ends)
         self._outputs: list[tuple[nn.Module, Any]] = []
         self._before: dict[nn.Module, int] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep what the blocks give inside the `with` block, in the order in which they finish."""
-        with _forwards({block: partial(self._record, block, block.forward) for block in self._blocks}):
+        """Keep what the modules give inside the `with` block, in the order in which they finish."""
+        forwards = {module: partial(self._record, module, module.forward) for module in self._kept}
+        forwards |= {module: partial(self._note, module, module.forward) for module in self._ends}
+        with _forwards(forwards):
             yield
 
     @contextmanager
-    def handing_out(self, block: nn.Module | None, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Inside the `with` block, what finished before `block` began hands out `change` of the tensors it gave.
+    def handing_out(self, end: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Inside the `with` block, what finished before `end` first began hands out `change` of the tensors it gave.
 
-        A block that is called more often than it was by then runs.
+        A module that is called more often than it was by then runs.
         """
         waiting: dict[nn.Module, deque] = {}
-        for each, output in self._outputs[: self._before.get(block, 0)]:
-            waiting.setdefault(each, deque()).append(output)
+        for module, output in self._outputs[: self._before.get(end, 0)]:
+            waiting.setdefault(module, deque()).append(output)
         with _forwards({each: partial(_hand_out, queue, each.forward, change) for each, queue in waiting.items()}):
             yield
 
-    def _record(self, block: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        self._before.setdefault(block, len(self._outputs))
+    def _record(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        # What comes after the block may write into the tensor that it was given.
-        self._outputs.append((block, _changed(output, Tensor.clone)))
+        # What comes after the module may write into the tensor that it was given.
+        self._outputs.append((module, _changed(output, Tensor.clone)))
         return output
+
+    def _note(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        self._before.setdefault(module, len(self._outputs))
+        return forward(*args, **kwargs)
 
 
 def _hand_out(waiting: deque, forward: Callable, change: Callable, *args: Any, **kwargs: Any) -> Any:
