@@ -320,3 +320,14 @@ def test_an_attention_mask_of_every_head_its_own(layout, mask):
         each(ids, attention_mask=attention_mask).logits for each in (model, gated_copy(plain, handle.layers, mask))
     ]
     torch.testing.assert_close(*results, **TIGHT)
+
+
+def test_gradients_after_repeated_rows_in_inference_mode():
+    model = build("bert")
+    sh.attach(model).set_heads(masks(3)["scattered"].repeat(3, 1, 1))
+    batch = {name: value.repeat_interleave(2, 0) for name, value in inputs(model).items()}
+    with torch.inference_mode():
+        expected = output(model, batch)
+    got = output(model, batch)
+    got.sum().backward()
+    assert torch.equal(got, expected)

@@ -54,7 +54,8 @@ class WideHeads:
         """bool `[rows, H]`."""
         mask = self._repeated.get(rows)
         if mask is None:
-            mask = rows_of_requests("subset", self.mask, rows).contiguous()
+            with torch.inference_mode(False):  # what is kept may be needed by a forward with gradients
+                mask = rows_of_requests("subset", self.mask, rows).contiguous()
             self._repeated.clear()
             self._repeated[rows] = mask
         return mask
