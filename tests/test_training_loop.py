@@ -13,7 +13,7 @@ from models import build, inputs, masks, output_projection
 from torch import nn
 
 import sparse_heads as sh
-from sparse_heads.errors import InvalidArgumentError, InvalidTypeError, NotFiniteError, SparseHeadsWarning
+from sparse_heads.errors import DetachedError, InvalidArgumentError, InvalidTypeError, NotFiniteError, SparseHeadsWarning
 from sparse_heads.pruning.training import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -296,3 +296,20 @@ def test_scoring_after_training_sees_the_trained_model():
     sh.recover(model, None, [labelled(model)], steps=2, lr=1e-2)
     copied = copy.deepcopy(model)
     assert sh.score_heads(model, [labelled(model)]) == sh.score_heads(copied, [labelled(model)])
+
+
+def test_recovery_takes_a_handle_with_options_of_its_own():
+    model = build("bert_classifier")
+    handle = sh.attach(model, layout="wide")
+    sh.recover(model, SUBSET, [labelled(model)], steps=1)
+    assert sh.get_handle(model) is handle and torch.equal(handle.subset.mask, SUBSET)
+
+
+def test_detached_gates_do_not_train():
+    model = build("bert_classifier")
+    gates = sh.attach_gates(model, sh.DSPConfig(k=3, anneal_steps=0))
+    gates.detach()
+    before = state(model)
+    with pytest.raises(DetachedError, match="attach new ones"):
+        sh.train_gates(gates, [labelled(model)], steps=1, lr=0.1)
+    assert same(before, state(model))

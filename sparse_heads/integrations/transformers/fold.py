@@ -35,4 +35,5 @@ def fold_into_outputs(sites: Sequence[Site], scale: Tensor) -> None:
         for site, weight in zip(sites, weights, strict=True):
             factors = scale[site.row, : site.layer.num_heads]
             factors = torch.where(factors == 0, 1.0, factors).repeat_interleave(site.layer.v_head_dim)
-            weight.mul_(factors.to(weight))
+            wider = torch.promote_types(weight.dtype, torch.float32)
+            weight.copy_(weight.to(wider) * factors.to(weight.device, wider))

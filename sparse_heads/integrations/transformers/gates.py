@@ -125,6 +125,7 @@ class Gates:
             gate_lr: of the gates; the configuration's unless given. Gates never decay.
             weight_decay: of the model's matrices; vectors (biases, norms) do not decay.
         """
+        self._check_attached()
         groups = self.method.parameter_groups(gate_lr)
         if self.config.mode == "pipelined":
             return groups
@@ -179,8 +180,8 @@ class Gates:
     def scores(self) -> HeadScores:
         """The ranking of the heads that have a gate, and +inf for all others, which come before them.
 
-        So `scores().top(k, kinds=...)` with the configuration's kinds, or without them and the other heads counted in
-        `k`, is `subset()` for the `k` that it has.
+        So `scores().top(k)`, with the heads without a gate counted in `k`, is `subset()` for the `k` that it has; so is
+        `top(k, kinds=...)` without them, where the configuration's kinds are "self" or "cross".
         """
         rank = self.method.rank().cpu()
         tensor = torch.full(self._heads.shape, float("inf"), dtype=rank.dtype, device="cpu")
@@ -213,7 +214,13 @@ class Gates:
         self._settled = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training goes on from: importances, steps done (and so the noise), the configuration."""
+        """Everything that training goes on from: importances, steps done (and so the noise), the configuration.
+
+        Raises:
+            UnsupportedError: gates that are folded; gates loaded from it would scale the weights again.
+        """
+        if self.folded:
+            raise UnsupportedError("gates: folded into the weights; save gates.subset() with the model instead")
         return self.method.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

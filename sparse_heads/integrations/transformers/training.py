@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...errors import SparseHeadsWarning, invalid
 from ...layers import whole_number
 from ...pruning.training import train
-from .attach import attach
+from .attach import attach, get_handle
 from .handle import Handle, Subset
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def recover(
     for bit: their gradients are zeros, and weights decay only in matrices that are no projection with a head off.
 
     Args:
-        model: a model that `attach` takes; it stays attached.
+        model: attached already, or one that `attach` takes; it stays attached.
         subset: as `handle.set_heads` takes it.
         batches: dicts of the model's arguments. A list is gone through again and again, shuffled anew each time by
             `seed`; another iterable, such as a `DataLoader`, is read in its own order and again once it has ended.
@@ -53,7 +53,7 @@ def recover(
         ValueError, TypeError: no batches, an iterable that ended and cannot be read again, no loss, nothing to train.
         NotFiniteError: a loss or gradient is NaN or infinite; the model is as the step before left it.
     """
-    handle = attach(model)
+    handle = get_handle(model) or attach(model)
     handle.set_heads(subset)
     optimizer = torch.optim.AdamW(_groups(handle, lr, weight_decay))
     return train(model, optimizer, batches, steps=steps, loss=loss, decay=True, seed=seed, description="recovery")
