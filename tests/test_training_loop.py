@@ -13,7 +13,13 @@ from models import build, inputs, masks, output_projection
 from torch import nn
 
 import sparse_heads as sh
-from sparse_heads.errors import DetachedError, InvalidArgumentError, InvalidTypeError, NotFiniteError, SparseHeadsWarning
+from sparse_heads.errors import (
+    DetachedError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    NotFiniteError,
+    SparseHeadsWarning,
+)
 from sparse_heads.pruning.training import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
