@@ -22,16 +22,14 @@ from benchmarks.experiments.words import different
 def parse(words):
     """(quantifier, words of the subject, words of the predicate, negated) of an English sentence."""
     text = " ".join(words)
-    match = re.fullmatch(r"(not every|every|some|no) (.*)", text)
+    match = re.fullmatch(r"(not all|all|some|no) (.*)", text)
     quantifier, rest = match.groups()
-    bases = {nli_sentences.third_person(verb): verb for family in nli_sentences.VERB_FAMILIES for verb in family}
     nouns = {noun for family in nli_sentences.NOUN_FAMILIES for noun in family}
     rest = rest.split()
     end = next(place for place, word in enumerate(rest) if word in nouns) + 1
     subject, predicate = rest[:end], rest[end:]
-    negated = predicate[:2] == ["does", "not"]
-    predicate = predicate[2:] if negated else [bases[predicate[0]], *predicate[1:]]
-    return quantifier, set(subject), set(predicate), negated
+    negated = predicate[:2] == ["do", "not"]
+    return quantifier, set(subject), set(predicate[2:] if negated else predicate), negated
 
 
 def chain(word, families):
@@ -62,7 +60,7 @@ def holds(sentence, individuals):
     quantifier, subject, predicate, negated = sentence
     inside = [individual for individual in individuals if subject <= individual]
     does = [(predicate <= individual) != negated for individual in inside]
-    return {"every": all(does), "some": any(does), "no": not any(does), "not every": not all(does)}[quantifier]
+    return {"all": all(does), "some": any(does), "no": not any(does), "not all": not all(does)}[quantifier]
 
 
 def label_by_search(premise, hypothesis):
@@ -88,19 +86,19 @@ def test_labels_are_those_of_a_search_through_small_models(split):
 @pytest.mark.parametrize(
     "premise, hypothesis, wanted",
     [
-        ("every dog runs", "every poodle moves", "entailment"),
-        ("every dog runs", "some animal runs", "entailment"),
-        ("every dog runs", "every animal runs", "neutral"),
-        ("every dog runs", "no poodle runs", "contradiction"),
-        ("every dog runs quickly", "not every small dog does not run", "entailment"),
-        ("no dog runs", "no poodle runs quickly", "entailment"),
-        ("no dog runs", "some dog sprints", "contradiction"),
-        ("no dog sprints", "no dog runs", "neutral"),
-        ("some poodle sprints", "some dog runs", "entailment"),
-        ("some dog runs", "some dog does not run", "neutral"),
-        ("not every dog runs", "some dog does not run", "entailment"),
-        ("not every dog runs", "every animal runs", "contradiction"),
-        ("some poodle runs", "some beagle runs", "neutral"),
+        ("all dogs run", "all poodles move", "entailment"),
+        ("all dogs run", "some animals run", "entailment"),
+        ("all dogs run", "all animals run", "neutral"),
+        ("all dogs run", "no poodles run", "contradiction"),
+        ("all dogs run quickly", "not all small dogs do not run", "entailment"),
+        ("no dogs run", "no poodles run quickly", "entailment"),
+        ("no dogs run", "some dogs sprint", "contradiction"),
+        ("no dogs sprint", "no dogs run", "neutral"),
+        ("some poodles sprint", "some dogs run", "entailment"),
+        ("some dogs run", "some dogs do not run", "neutral"),
+        ("not all dogs run", "some dogs do not run", "entailment"),
+        ("not all dogs run", "all animals run", "contradiction"),
+        ("some poodles run", "some beagles run", "neutral"),
     ],
 )
 def test_labels_by_hand(premise, hypothesis, wanted):
@@ -124,7 +122,7 @@ def test_labels_are_balanced_in_every_form_of_hypothesis():
 def test_no_sentence_is_in_two_splits_and_every_word_is_in_training():
     sentences = {}
     for split in nli_sentences.SPLITS:
-        pairs = list(islice(nli_sentences.pairs(split, 1), 1500))
+        pairs = list(islice(nli_sentences.pairs(split, 1), 800))
         sentences[split] = {each for pair in pairs for each in (pair.premise, pair.hypothesis)}
     for one, other in combinations(sentences.values(), 2):
         assert not one & other
@@ -260,7 +258,7 @@ def test_pieces_join_to_the_text_and_are_in_the_vocabulary():
 def test_no_number_or_date_is_in_two_splits_in_either_direction():
     seen = {}
     for split in written_numbers.SPLITS:
-        pairs = islice(written_numbers.pairs(split, 4), 3000)
+        pairs = islice(written_numbers.pairs(split, 4), 1500)
         seen[split] = {frozenset((pair.source[1:], pair.target)) for pair in pairs}
     for one, other in combinations(seen.values(), 2):
         assert not one & other

@@ -27,7 +27,7 @@ IGNORED = -100  # label of padding
 BATCH_SIZE, BASE_BATCH_SIZE = 32, 64
 BASE_SEED, DEVELOPMENT_SEED, TEST_SEED = 10_000, 10_001, 10_002  # no study runs that many seeds
 HELD_OUT = 1024
-BASE, SMOKE_BASE = Training(steps=2400, learning_rate=2e-3), Training(steps=20)
+BASE, SMOKE_BASE = Training(steps=1200, learning_rate=2e-3), Training(steps=20)
 
 
 def prepare(seed: int, smoke: bool) -> Context:

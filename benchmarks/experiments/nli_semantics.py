@@ -2,7 +2,7 @@
 
 A sentence says `quantifier (subject) (predicate)` of sets of individuals: a subject or a predicate is a set of words
 that hold together, and a predicate may be negated. What words mean is how they exclude and imply each other. Whatever
-a subject describes is taken to exist, as speakers do, so "every dog runs" entails "some dog runs".
+a subject describes is taken to exist, as speakers do, so "all dogs run" entails "some dogs run".
 
 All that two sentences can see of an individual is whether it is in their subjects and predicates: one of 16 cells. All
 that they can see of a model is which cells are inhabited, so going through the sets of cells goes through all models.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 ENTAILMENT, NEUTRAL, CONTRADICTION = range(3)
 LABELS = ("entailment", "neutral", "contradiction")
-QUANTIFIERS = ("every", "some", "no", "not every")
+QUANTIFIERS = ("all", "some", "no", "not all")
 Cell = tuple[bool, bool, bool, bool]  # in the premise's subject and predicate, in the hypothesis's
 Overlap = frozenset[tuple[bool, bool]]
 
@@ -86,4 +86,4 @@ def _inhabited(models: Tensor, cells: list[Cell], belongs: Callable[[Cell], bool
 def _truth(models: Tensor, cells: list[Cell], quantifier: str, negated: bool, subject: int, predicate: int) -> Tensor:
     both = _inhabited(models, cells, lambda cell: cell[subject] and cell[predicate] != negated)
     only_subject = _inhabited(models, cells, lambda cell: cell[subject] and cell[predicate] == negated)
-    return {"every": ~only_subject, "some": both, "no": ~both, "not every": only_subject}[quantifier]
+    return {"all": ~only_subject, "some": both, "no": ~both, "not all": only_subject}[quantifier]

@@ -1,6 +1,6 @@
 """Pairs of English sentences with exact labels: quantifiers, negation, and words that imply or exclude each other.
 
-A quantifier reaches over the verb's negation: "every dog does not run" says it of every dog.
+A quantifier reaches over the verb's negation: "all dogs do not run" says it of all dogs.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from .nli_semantics import QUANTIFIERS, Meaning, Sentence, label
 
 # Of every family the most general word, then {a narrower one: still narrower ones}.
 NOUNS = {
-    "animal": {"dog": ("poodle", "beagle"), "bird": ("robin", "eagle")},
-    "person": {"artist": ("painter", "sculptor"), "scientist": ("chemist", "botanist")},
-    "vehicle": {"car": ("taxi", "limousine"), "boat": ("canoe", "ferry")},
-    "plant": {"tree": ("oak", "birch"), "flower": ("rose", "tulip")},
-    "building": {"house": ("cottage", "villa"), "shop": ("bakery", "pharmacy")},
-    "instrument": {"horn": ("trumpet", "tuba"), "drum": ("bongo", "snare")},
-    "garment": {"hat": ("beret", "bonnet"), "shoe": ("sandal", "boot")},
-    "tool": {"hammer": ("mallet", "sledgehammer"), "saw": ("hacksaw", "jigsaw")},
+    "animals": {"dogs": ("poodles", "beagles"), "birds": ("robins", "eagles")},
+    "people": {"artists": ("painters", "sculptors"), "scientists": ("chemists", "botanists")},
+    "vehicles": {"cars": ("taxis", "limousines"), "boats": ("canoes", "ferries")},
+    "plants": {"trees": ("oaks", "birches"), "flowers": ("roses", "tulips")},
+    "instruments": {"horns": ("trumpets", "tubas"), "drums": ("bongos", "snares")},
+    "tools": {"hammers": ("mallets", "sledgehammers"), "saws": ("hacksaws", "jigsaws")},
 }
 VERBS = {
     "move": {"run": ("sprint", "jog"), "jump": ("hop", "leap")},
@@ -35,6 +33,7 @@ VERBS = {
 }
 ADJECTIVES = ("small", "old", "red", "happy", "clean", "strange", "heavy", "famous")
 ADVERBS = ("quickly", "often", "quietly", "well", "today", "outside", "alone", "badly")
+NOT = ("do", "not")
 SPLITS = ("train", "development", "test")
 
 
@@ -62,7 +61,7 @@ _NOUNS = frozenset(word for family in NOUN_FAMILIES for word in family)
 
 @cache
 def excludes(one: str, other: str) -> bool:
-    """Two nouns of which neither implies the other: nothing is both a poodle and a beagle, or a dog and a bird."""
+    """Two nouns of which neither implies the other: no poodles are beagles, no dogs birds."""
     nouns = one in _NOUNS and other in _NOUNS
     return nouns and one != other and one not in IMPLIED[other] and other not in IMPLIED[one]
 
@@ -70,26 +69,17 @@ def excludes(one: str, other: str) -> bool:
 MEANING = Meaning(IMPLIED, excludes)
 
 
-def third_person(verb: str) -> str:
-    """ "runs", "munches", "cries"."""
-    if verb.endswith("y"):
-        return verb[:-1] + "ies"
-    return verb + ("es" if verb.endswith(("ch", "sh", "s", "x", "z")) else "s")
-
-
 def spell(sentence: Sentence) -> list[str]:
-    """The words: "not every small dog does not run quickly". Subject and predicate have their head word first."""
+    """The words: "not all small dogs do not run quickly". Subject and predicate have their head word first."""
     noun, *adjective = sentence.subject
     verb, *adverb = sentence.predicate
-    predicate = ["does", "not", verb] if sentence.negated else [third_person(verb)]
-    return [*sentence.quantifier.split(), *adjective, noun, *predicate, *adverb]
+    return [*sentence.quantifier.split(), *adjective, noun, *(NOT if sentence.negated else ()), verb, *adverb]
 
 
 def all_words() -> list[str]:
     """Every word that a sentence may have."""
-    verbs = [word for family in VERB_FAMILIES for word in family]
-    nouns = [word for family in NOUN_FAMILIES for word in family]
-    return ["every", "some", "no", "not", "does", *ADJECTIVES, *ADVERBS, *nouns, *verbs, *map(third_person, verbs)]
+    heads = [word for family in (*NOUN_FAMILIES, *VERB_FAMILIES) for word in family]
+    return [*dict.fromkeys([*" ".join(QUANTIFIERS).split(), *NOT]), *ADJECTIVES, *ADVERBS, *heads]
 
 
 def topics(split: str) -> list[tuple[int, int]]:
@@ -127,27 +117,28 @@ def pairs(split: str, seed: int) -> Iterator[Pair]:
 
 
 def _drawn(generator: random.Random, noun_family: int, verb_family: int) -> tuple[Sentence, Sentence]:
-    """A premise, and a hypothesis that changes some of its words."""
+    """A premise, and a hypothesis that changes some of it."""
     nouns, verbs = NOUN_FAMILIES[noun_family], VERB_FAMILIES[verb_family]
     subject, predicate = _phrase(generator, nouns, ADJECTIVES), _phrase(generator, verbs, ADVERBS)
-    premise = Sentence(generator.choice(QUANTIFIERS), subject, predicate, generator.random() < 0.5)
+    premise = Sentence(generator.choice(QUANTIFIERS), subject, predicate, generator.random() < 0.3)
     subject = _changed(generator, subject, nouns, ADJECTIVES)
     predicate = _changed(generator, predicate, verbs, ADVERBS)
-    return premise, Sentence(generator.choice(QUANTIFIERS), subject, predicate, generator.random() < 0.5)
+    quantifier = generator.choice(QUANTIFIERS) if generator.random() < 0.7 else premise.quantifier
+    return premise, Sentence(quantifier, subject, predicate, premise.negated != (generator.random() < 0.3))
 
 
 def _phrase(generator: random.Random, heads: list[str], modifiers: tuple[str, ...]) -> tuple[str, ...]:
     head = generator.choice(heads)
-    return (head, generator.choice(modifiers)) if generator.random() < 0.4 else (head,)
+    return (head, generator.choice(modifiers)) if generator.random() < 0.3 else (head,)
 
 
 def _changed(
     generator: random.Random, phrase: tuple[str, ...], heads: list[str], modifiers: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """The phrase with another head word half of the time, and its modifier added, dropped or replaced as often."""
+    """The phrase, often with another head word, sometimes with its modifier added, dropped or replaced."""
     head, *modifier = phrase
-    if generator.random() < 0.5:
+    if generator.random() < 0.4:
         head = generator.choice(heads)
-    if generator.random() < 0.5:
+    if generator.random() < 0.3:
         modifier = [] if modifier and generator.random() < 0.7 else [generator.choice(modifiers)]
     return (head, *modifier)
