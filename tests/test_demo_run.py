@@ -16,8 +16,10 @@ import sparse_heads as sh
 from sparse_heads.demo import run
 from sparse_heads.demo.study import Sizes
 
-SIZES = Sizes(calibration=20, held_out=36, random_draws=2, timed_batches=2, timing_seconds=0)
-METHODS = ["michel_projected", "entropy", "magnitude", "random"]
+SIZES = Sizes(
+    calibration=20, learning=24, learning_steps=3, held_out=36, random_draws=2, timed_batches=2, timing_seconds=0
+)
+METHODS = ["dsp", "michel_projected", "entropy", "magnitude", "random"]
 KEPT = [12, 10, 8, 6, 4, 2]
 
 
@@ -105,7 +107,7 @@ def test_quality_is_that_of_the_subset(finished: tuple[Path, str, dict]):
         for row, layer in zip(mask, loaded.model.encoder.layer, strict=True):
             layer.attention.output.dense.weight.unflatten(1, (4, 12))[:, ~row] = 0
     cosine = (loaded.embed(batches, order) * dense).sum(-1).mean().item()
-    reported = [row["cosine"] for row in results["quality"] if row["method"] == "michel_projected" and row["kept"] == 6]
+    reported = [row["cosine"] for row in results["quality"] if row["method"] == "dsp" and row["kept"] == 6]
     assert reported == [pytest.approx(cosine, abs=1e-5)]
 
 

@@ -33,13 +33,13 @@ class Encoder:
     tokenizer: PreTrainedTokenizerBase
     source: str
 
-    def batches(self, sentences: Sequence[str]) -> tuple[list[Batch], torch.Tensor]:
-        """Pad the sentences in batches of 32 sorted by length; also the order, int64 [sentences], that sorts them."""
+    def batches(self, sentences: Sequence[str], size: int = BATCH_SIZE) -> tuple[list[Batch], torch.Tensor]:
+        """Pad the sentences in batches of `size` sorted by length; also the order, int64 [sentences], that sorts them."""
         token_ids = self.tokenizer(list(sentences), truncation=True, max_length=LONGEST)["input_ids"]
         order = sorted(range(len(token_ids)), key=lambda index: len(token_ids[index]))
         batches = []
-        for start in range(0, len(order), BATCH_SIZE):
-            chosen = {"input_ids": [token_ids[index] for index in order[start : start + BATCH_SIZE]]}
+        for start in range(0, len(order), size):
+            chosen = {"input_ids": [token_ids[index] for index in order[start : start + size]]}
             padded = self.tokenizer.pad(chosen, return_tensors="pt")
             batches.append({name: tensor.to(self.model.device) for name, tensor in padded.items()})
         return batches, torch.tensor(order)

@@ -15,7 +15,7 @@ from .report import DENSE, MASK_ONLY, REPACKED, SPARSE, cosines_of, quality_of, 
 
 # Okabe and Ito's colours, which readers with colour blindness can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#777777"
-METHOD_STYLES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (GREY, "D")]
+METHOD_STYLES = [(PURPLE, "*"), (BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (GREY, "D")]
 SPEED_STYLES = {
     SPARSE: dict(color=BLUE, marker="o", linewidth=2.4, zorder=4),
     REPACKED: dict(color=ORANGE, marker="s", linewidth=1.4, linestyle="--", zorder=3),

@@ -11,7 +11,7 @@ from rich.table import Table
 
 SPARSE, REPACKED, MASK_ONLY, DENSE = "sparse heads", "repacked", "mask only", "dense"
 OWN_BUDGETS = "own budgets"
-RANDOM = "random"
+LEARNED, RANDOM = "dsp", "random"
 
 
 def quality_of(results: dict[str, Any], method: str, kept: int, field: str) -> list[float]:

@@ -22,7 +22,7 @@ from .baselines import sharing_copy
 from .encoder import BATCH_SIZE, Encoder, load_encoder
 from .per_request import measure_requests
 from .plot import results_picture
-from .report import requests_quality_table, requests_speed_table, results_table
+from .report import LEARNED, requests_quality_table, requests_speed_table, results_table
 from .study import Sizes, ceiling, kept_counts, measure_quality, measure_speed, score_all
 from .text import Sentences, file_sentences, standard_library_sentences
 
@@ -42,7 +42,7 @@ def run_demo(model: str, text: Path | None, device: str, out: Path, seed: int, s
         encoder = load_encoder(model, device)
     console.print(f"text:  {sentences.source}\nmodel: {encoder.source}", highlight=False, soft_wrap=True)
     results, handle, scores = measure(encoder, sentences, seed, sizes, console)
-    subset = scores.top(results["kept"][len(results["kept"]) // 2], groups=True)
+    subset = scores.top(results["learned_for"], groups=True)
     results |= {
         "title": f"{Path(model).name} with fewer of its {results['heads']} heads",
         "model": model,
@@ -70,12 +70,17 @@ def measure(
     handle = attach(encoder.model)
     held_out = sentences.held_out[: sizes.held_out]
     calibration = sentences.calibration[: sizes.calibration]
+    learning = sentences.calibration[: sizes.learning]
     total, counts = handle.layers.num_heads, kept_counts(handle.layers)
-    console.print(f"scoring {total} heads on {len(calibration)} sentences")
-    scores = score_all(encoder, calibration, sizes.random_draws, seed)
+    half = counts[len(counts) // 2]
+    console.print(
+        f"scoring {total} heads on {len(calibration)} sentences, and learning which {half} to keep in "
+        f"{sizes.learning_steps} steps on {len(learning)}"
+    )
+    scores = score_all(encoder, sentences.calibration, sizes, half, seed)
     console.print(f"embedding {len(held_out)} held-out sentences with fewer heads")
     quality = measure_quality(encoder, handle, scores, held_out)
-    best = scores["michel_projected"][0]
+    best = scores[LEARNED][0]
     batches, _ = encoder.batches(held_out)
     console.print("timing every way to run the heads, in turn")
     timings, note = measure_speed(plain, handle, best, batches, sizes, seed)
@@ -86,13 +91,15 @@ def measure(
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU threads: {torch.get_num_threads()}"
     results = {
         "caption": (
-            f"Heads scored on {len(calibration)} sentences; quality of {len(held_out)} held-out ones. "
+            f"Heads scored on {len(calibration)} sentences; {LEARNED}: gates trained for {half} heads in "
+            f"{sizes.learning_steps} steps on {len(learning)} sentences. Quality of {len(held_out)} held-out ones. "
             f"Speed: {timed} of these in batches of {BATCH_SIZE} by length, float32, {place}, "
             f"medians of {timings[0].rounds} interleaved rounds; {note}."
         ),
         "seed": seed,
         "heads": total,
         "kept": counts,
+        "learned_for": half,
         "methods": list(scores),
         "quality": quality,
         "timings": [asdict(timing) for timing in timings],

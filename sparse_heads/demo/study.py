@@ -15,29 +15,37 @@ from ..heads import HeadScores, HeadSubset, Layers
 from ..integrations.transformers.scoring import score_heads
 from .baselines import mask_only, projection_paths, repack
 from .encoder import Batch, Encoder
+from .learning import learned_scores
 from .quality import mean_cosine, neighbour_recall
-from .report import DENSE, MASK_ONLY, RANDOM, REPACKED, SPARSE
+from .report import DENSE, LEARNED, MASK_ONLY, RANDOM, REPACKED, SPARSE
 from .speed import Contender, Stopwatch, Timing, race
 
 if TYPE_CHECKING:
     from ..integrations.transformers.handle import Handle
 
 PARTS = 6
+AllScores = dict[str, list[HeadScores]]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much the demo measures: sentences, random draws, timed batches and seconds of timing."""
+    """How much the demo measures: sentences, steps of training, random draws, timed batches and seconds of timing."""
 
     calibration: int
+    learning: int
+    learning_steps: int
     held_out: int
     random_draws: int
     timed_batches: int
     timing_seconds: float
 
 
-FULL = Sizes(calibration=192, held_out=384, random_draws=4, timed_batches=3, timing_seconds=70)
-QUICK = Sizes(calibration=64, held_out=256, random_draws=2, timed_batches=2, timing_seconds=10)
+FULL = Sizes(
+    calibration=192, learning=1600, learning_steps=300, held_out=384, random_draws=4, timed_batches=3, timing_seconds=70
+)
+QUICK = Sizes(
+    calibration=64, learning=160, learning_steps=20, held_out=256, random_draws=2, timed_batches=2, timing_seconds=10
+)
 
 
 def kept_counts(layers: Layers) -> list[int]:
@@ -47,20 +55,21 @@ def kept_counts(layers: Layers) -> list[int]:
     return sorted({group * max(1, round(groups * part / PARTS)) for part in range(1, PARTS + 1)}, reverse=True)
 
 
-def score_all(encoder: Encoder, sentences: Sequence[str], draws: int, seed: int) -> dict[str, list[HeadScores]]:
-    """Scores by every method; the random one several times, with other seeds."""
+def score_all(encoder: Encoder, sentences: Sequence[str], sizes: Sizes, kept: int, seed: int) -> AllScores:
+    """Scores by every method, the learned one for `kept` heads; the random one several times, with other seeds."""
     model = encoder.model
-    batches, _ = encoder.batches(sentences)
+    batches, _ = encoder.batches(sentences[: sizes.calibration])
     return {
+        LEARNED: [learned_scores(encoder, sentences[: sizes.learning], kept, sizes.learning_steps, seed)],
         "michel_projected": [score_heads(model, batches, "michel_projected", seed=seed)],
         "entropy": [score_heads(model, batches, "entropy")],
         "magnitude": [score_heads(model, None, "magnitude")],
-        RANDOM: [score_heads(model, None, RANDOM, seed=seed + draw) for draw in range(draws)],
+        RANDOM: [score_heads(model, None, RANDOM, seed=seed + draw) for draw in range(sizes.random_draws)],
     }
 
 
 def measure_quality(
-    encoder: Encoder, handle: Handle, scores: dict[str, list[HeadScores]], sentences: Sequence[str]
+    encoder: Encoder, handle: Handle, scores: AllScores, sentences: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Cosine and recall@10 of every method and number of heads against the dense embeddings; one row per draw."""
     batches, order = encoder.batches(sentences)
