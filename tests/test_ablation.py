@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 
 import pytest
@@ -54,6 +55,20 @@ def by_hand(plain, layers, batches):
     return scores / len(examples)
 
 
+@functools.cache
+def expected_changes(name):
+    model = build(name, dtype=torch.float64)
+    return by_hand(model, sh.attach(copy.deepcopy(model)).layers, batches_of(model, name))
+
+
+def batches_of(model, name):
+    batches = [inputs(model), inputs(model, rows=2, length=5)]
+    if name == "bart":
+        for batch in batches:
+            batch["decoder_attention_mask"] = batch["attention_mask"].flip(0)
+    return batches
+
+
 MODELS = ["bert", "distilbert", "electra", "bert_classifier", "bert_cross", "llama", "llama_lm", "gqa", "bart"]
 
 
@@ -61,13 +76,9 @@ MODELS = ["bert", "distilbert", "electra", "bert_classifier", "bert_cross", "lla
 @pytest.mark.parametrize("rows", [1, 5, 32])
 def test_the_change_of_the_outputs_by_hand(name, rows):
     model = build(name, dtype=torch.float64)
-    batches = [inputs(model), inputs(model, rows=2, length=5)]
-    if name == "bart":
-        for batch in batches:
-            batch["decoder_attention_mask"] = batch["attention_mask"].flip(0)
-    scores = sh.score_heads(model, batches, "ablation", rows=rows)
-    expected = by_hand(model, scores.layers, batches)
-    torch.testing.assert_close(scores.tensor, expected, **(LOOSE if name == "distilbert" else EXACT))
+    scores = sh.score_heads(model, batches_of(model, name), "ablation", rows=rows).tensor
+    expected = expected_changes(name)
+    torch.testing.assert_close(scores, expected, **(LOOSE if name == "distilbert" else EXACT))
     assert expected.min() > 1e-8
 
 
@@ -117,30 +128,59 @@ def test_padding_does_not_count():
 
 
 class Work:
-    """Rows of batches that blocks really ran, by the block's own feed-forward network."""
+    """Rows of batches that blocks really ran: `rows` by their feed-forward networks, `queries` by their attention."""
 
     def __init__(self, blocks):
-        self.rows = Counter()
+        self.rows, self.queries = Counter(), Counter()
         for index, block in enumerate(blocks):
-            network = next(module for name, module in block.named_modules() if name in ("intermediate", "mlp", "fc1"))
-            network.register_forward_pre_hook(lambda _, args, index=index: self.rows.update({index: args[0].shape[0]}))
+            modules = dict(block.named_modules())
+            network = next(modules[name] for name in ("intermediate", "mlp", "fc1") if name in modules)
+            self.count(self.rows, index, network)
+            self.count(self.queries, index, modules.get("attention.self.query", modules.get("self_attn.q_proj")))
+
+    def count(self, rows, index, module):
+        forward = module.forward
+
+        def counted(x):
+            rows[index] += x.shape[0]
+            return forward(x)
+
+        module.forward = counted
+
+
+def check_work(work, blocks, rows, heads):
+    """`rows` once, and again for every head of this block or one before; queries are not for those of this block."""
+    for index in range(blocks):
+        assert work.rows[index] == rows + rows * heads * (index + 1)
+        assert work.queries[index] == rows + rows * heads * index
 
 
 @pytest.mark.parametrize("rows", [5, 32])
-def test_the_layers_before_run_once(rows):
+def test_what_comes_before_runs_once(rows):
     model = build("bert", num_hidden_layers=6)
+    sh.attach(model)
     work = Work(model.encoder.layer)
     sh.score_heads(model, [inputs(model)], "ablation", rows=rows)
-    assert [work.rows[index] for index in range(6)] == [3 + 3 * 4 * (index + 1) for index in range(6)]
-    # as many forwards, all layers of each: six layers of twelve heads stay below 0.6
-    assert (6 * 3 + 12 * 3 * sum(range(1, 7))) / (6 * 12 * 6 * 3) < 0.6
+    check_work(work, 6, 3, 4)
+    # of as many forwards, in blocks: with six layers of twelve heads
+    assert (6 + 12 * sum(range(1, 7))) / (6 * 12 * 6) < 0.6
 
 
-def test_a_loss_shares_the_layers_before_too():
+@pytest.mark.parametrize("layout", ["auto", "wide", "core"])
+def test_queries_keys_and_values_are_shared_where_the_output_projection_is_within(layout):
+    model = build("gqa", num_hidden_layers=6)
+    sh.attach(model, layout=layout)
+    work = Work(model.model.layers)
+    sh.score_heads(model, [inputs(model)], "ablation")
+    check_work(work, 6, 3, 4)
+
+
+def test_a_loss_shares_what_comes_before_too():
     model = build("bert_classifier", num_hidden_layers=6)
+    sh.attach(model)
     work = Work(model.bert.encoder.layer)
     sh.score_heads(model, [labelled(model)], "ablation")
-    assert [work.rows[index] for index in range(6)] == [3 + 3 * 4 * (index + 1) for index in range(6)]
+    check_work(work, 6, 3, 4)
 
 
 def test_heads_of_the_decoder_share_the_encoder():
@@ -155,13 +195,16 @@ def test_heads_of_the_decoder_share_the_encoder():
     assert handle.attached
 
 
-def test_the_kernels_run_the_heads_that_are_on():
-    model = build("bert")
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_the_kernels_run_the_heads_that_are_on(name):
+    model = build(name)
     sh.attach(model, backend="cpu")
     with items_run() as items:
         sh.score_heads(model, [inputs(model)], "ablation")
     # twelve copies of three examples, each with three of four heads of its one layer
     assert items.out_projection == 3 * 12 * 3
+    assert items.attention == (0 if name == "bert" else 3 * 12 * 3)
+    assert items.in_projection == 0
 
 
 def test_layers_outside_of_any_list():
@@ -217,6 +260,7 @@ def test_a_loss_that_continues_a_cache(name):
         return model(**{main: batch[main][:, 4:]}, **rest, past_key_values=cache).logits.mean()
 
     scores = sh.score_heads(model, [batch], "ablation", loss)
+    assert model.config.use_cache
     with torch.no_grad():
         for row, head, mask in each_head(scores.layers):
             expected = loss(masked_copy(model, scores.layers, mask), batch) - loss(model, batch)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,45 +24,54 @@ def ablation(handle: Any, batches: Iterable[Batch], loss: Loss | None = None, *,
     model's own where batches have labels: the loss without the head minus the loss with it, mean over examples; below
     0 where the model is better off without the head.
 
-    The layers before the ablated one run once a batch: their outputs are kept and handed out again. Blocks are the
-    elements of `nn.ModuleList`s; a layer outside of any costs whole forwards. Without a loss, `rows` examples run at a
-    time, each without a head of its own; a loss is of a whole batch, so one head is off at a time.
+    What comes before the ablated head's way out runs once a batch: the outputs of the blocks before its own (elements
+    of `nn.ModuleList`s; models without any share less), and its layer's attention or queries, keys and values, are kept
+    and handed out again. Without a loss, `rows` examples run at a time, each without a head of its own; a loss is of a
+    whole batch, so one head is off at a time.
     """
     rows = whole_number("rows", rows, 1)
-    own_blocks, blocks = find_blocks(handle.model, [layer.name for layer in handle.layers])
-    takes_cache_flag = "use_cache" in inspect.signature(handle.model.forward).parameters
+    kept, ends = _shared_modules(handle)
     total = torch.zeros(len(handle.layers), handle.layers.max_heads, dtype=torch.float64)
     examples = 0
     kinds = set()
-    for batch in batches:
-        if batch.get("past_key_values") is not None:
-            raise invalid("batches", "no past_key_values for 'ablation', which runs a batch many times", "one")
-        if loss is None and takes_cache_flag:
-            batch = {**batch, "use_cache": False}
-        prefix = Prefix(blocks)
-        with torch.no_grad(), handle.use_heads(None), prefix.recording():
-            output = handle.model(**batch) if loss is None else loss(handle.model, batch)
-        value = output if loss is not None else getattr(output, "loss", None)
-        kinds.add(value is None)
-        if len(kinds) > 1:
-            raise invalid("batches", "labels in all batches, or in none", "some of each")
-        sweep = _Sweep(handle, batch, prefix, own_blocks, examples_in(batch))
-        with torch.no_grad():
+    with torch.no_grad(), _without_caches(handle.model):
+        for batch in batches:
+            if batch.get("past_key_values") is not None:
+                raise invalid("batches", "no past_key_values for 'ablation', which runs a batch many times", "one")
+            prefix = Prefix(kept, ends)
+            with handle.use_heads(None), prefix.recording():
+                output = handle.model(**batch) if loss is None else loss(handle.model, batch)
+            value = output if loss is not None else getattr(output, "loss", None)
+            kinds.add(value is None)
+            if len(kinds) > 1:
+                raise invalid("batches", "labels in all batches, or in none", "some of each")
+            sweep = _Sweep(handle, batch, prefix, examples_in(batch))
             total += sweep.outputs(outputs_of(output), rows) if value is None else sweep.losses(value, loss)
-        examples += sweep.examples
+            examples += sweep.examples
     return total / examples
+
+
+@contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """Forwards that are not told otherwise use no cache inside the `with` block: blocks that fill one must run."""
+    config = getattr(model, "config", None)
+    found = getattr(config, "use_cache", None)
+    if found:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if found:
+            config.use_cache = found
 
 
 class _Sweep:
     """One batch, every head left out in turn."""
 
-    def __init__(
-        self, handle: Any, batch: Batch, prefix: Prefix, own_blocks: list[nn.Module | None], examples: int
-    ) -> None:
+    def __init__(self, handle: Any, batch: Batch, prefix: Prefix, examples: int) -> None:
         self.handle = handle
         self.batch = batch
         self.prefix = prefix
-        self.own_blocks = own_blocks
         self.examples = examples
 
     def outputs(self, dense: Tensor, rows: int) -> Tensor:
@@ -95,8 +104,7 @@ class _Sweep:
             return value.index_select(0, chosen.to(value.device))
 
         batch = tree_map(expanded, dict(self.batch))
-        shared = self.prefix.handing_out(self.own_blocks[row], expanded)
-        with self.handle.use_heads_in_layer(row, mask), shared:
+        with self.handle.use_heads_in_layer(row, mask), self.prefix.handing_out(self._end(row), expanded):
             return outputs_of(self.handle.model(**batch))
 
     def losses(self, dense: Any, loss: Loss | None) -> Tensor:
@@ -105,12 +113,27 @@ class _Sweep:
         before = _finite(checked_loss(dense))
         for row, layer in enumerate(self.handle.layers):
             for head in range(layer.num_heads):
-                mask = self.handle.every_head.mask
-                mask[row, head] = False
-                with self.handle.use_heads(mask), self.prefix.handing_out(self.own_blocks[row], Tensor.clone):
+                mask = torch.arange(layer.num_heads)[None] != head
+                with self.handle.use_heads_in_layer(row, mask), self.prefix.handing_out(self._end(row), Tensor.clone):
                     value = loss_of(self.handle.model, self.batch, loss)
                 total[row, head] = (_finite(value) - before) * self.examples
         return total
+
+    def _end(self, row: int) -> nn.Module:
+        """Where forwards without one of the layer's heads begin to differ."""
+        return self.handle.sites[row].projections["output"]
+
+
+def _shared_modules(handle: Any) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules whose outputs are kept, and the output projections."""
+    kept = find_blocks(handle.model, [layer.name for layer in handle.layers])
+    for site in handle.sites:
+        within = any(module is site.projections["output"] for module in site.module.modules())
+        if within or handle.core:  # an output projection of the core layout reads all heads
+            kept += [site.projections[role] for role in ("query", "key", "value")]
+        else:
+            kept.append(site.module)
+    return list(dict.fromkeys(kept)), [site.projections["output"] for site in handle.sites]
 
 
 def _square(outputs: Tensor, counted: Tensor | None, example: int) -> float:

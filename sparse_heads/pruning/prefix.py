@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,15 @@ def find_blocks(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
     return list(dict.fromkeys(block for path in lists if path in chosen for block in lists[path]))
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One call of a module: what it gave, and how many others had finished when it began."""
+
+    module: nn.Module
+    output: Any
+    began: int
+
+
 class Prefix:
     """What modules gave in one forward, for later forwards that need not run them again.
 
@@ -32,8 +42,9 @@ class Prefix:
     def __init__(self, kept: Iterable[nn.Module], ends: Iterable[nn.Module]) -> None:
         self._kept = list(kept)
         self._ends = list(ends)
-        self._outputs: list[tuple[nn.Module, Any]] = []
+        self._runs: list[_Run] = []
         self._before: dict[nn.Module, int] = {}
+        self._fills_caches = False
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -47,22 +58,27 @@ class Prefix:
     def handing_out(self, end: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Inside the `with` block, what finished before `end` first began hands out `change` of the tensors it gave.
 
-        A module that is called more often than it was by then runs.
+        A module that is called more often than it was by then runs; every one does where a cache was to be filled.
         """
         waiting: dict[nn.Module, deque] = {}
-        for module, output in self._outputs[: self._before.get(end, 0)]:
-            waiting.setdefault(module, deque()).append(output)
+        last = 0 if self._fills_caches else self._before.get(end, 0)
+        while last:
+            run = self._runs[last - 1]
+            waiting.setdefault(run.module, deque()).appendleft(run.output)
+            last = run.began  # what it called itself is not called now
         with _forwards({each: partial(_hand_out, queue, each.forward, change) for each, queue in waiting.items()}):
             yield
 
     def _record(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        self._fills_caches |= kwargs.get("past_key_values") is not None
+        began = len(self._runs)
         output = forward(*args, **kwargs)
         # What comes after the module may write into the tensor that it was given.
-        self._outputs.append((module, _changed(output, Tensor.clone)))
+        self._runs.append(_Run(module, _changed(output, Tensor.clone), began))
         return output
 
     def _note(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        self._before.setdefault(module, len(self._outputs))
+        self._before.setdefault(module, len(self._runs))
         return forward(*args, **kwargs)
 
 
