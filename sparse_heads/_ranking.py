@@ -26,7 +26,7 @@ def smallest_budgets(
     layers: Layers,
     *,
     min_per_layer: int,
-    kinds: Iterable[str] | None,
+    kinds: Iterable[str | tuple[str, str]] | None,
     groups: bool,
 ) -> tuple[torch.Tensor, list[int]]:
     """The smallest budget under which each head is kept, and the budgets that can be met exactly.
@@ -36,7 +36,7 @@ def smallest_budgets(
     taken by descending score, equal ones in order of layer, then head; each layer's best `min_per_layer` heads first.
     """
     kinds = _chosen_kinds(kinds, layers)
-    chosen = [(row, info) for row, info in enumerate(layers) if info.kind in kinds]
+    chosen = [(row, info) for row, info in enumerate(layers) if not kinds.isdisjoint(_kinds_of(info))]
     units = [unit for row, info in chosen for unit in _units(scores[row], row, info, groups)]
     ranked = sorted(units, key=lambda unit: -unit.score)  # a stable sort: this breaks ties
     missing = _guaranteed(chosen, whole_number("min_per_layer", min_per_layer, 0))
@@ -66,17 +66,24 @@ def check_budget(budget: object, reachable: list[int]) -> int:
     raise invalid("k", wanted, budget)
 
 
-def _chosen_kinds(kinds: Iterable[str] | None, layers: Layers) -> set[str]:
+def _chosen_kinds(kinds: Iterable[str | tuple[str, str]] | None, layers: Layers) -> set[str | tuple[str, str]]:
     if kinds is None:
         return set(KINDS)
+    wanted = "a list of 'self', 'cross' or (stack, kind) pairs"
     if isinstance(kinds, str) or not isinstance(kinds, Iterable):
-        raise invalid_type("kinds", "a list of 'self' and 'cross', or None", describe(kinds))
+        raise invalid_type("kinds", f"{wanted}, or None", describe(kinds))
     kinds = list(kinds)
-    if any(kind not in KINDS for kind in kinds):
-        raise invalid("kinds", "'self' and 'cross' only", kinds)
-    if not any(info.kind in kinds for info in layers):
-        raise invalid("kinds", f"one of {sorted({info.kind for info in layers})}, which the model has", kinds)
+    for kind in kinds:
+        pair = isinstance(kind, tuple) and len(kind) == 2 and isinstance(kind[0], str)
+        if (kind[1] if pair else kind) not in KINDS:
+            raise invalid("kinds", wanted, kinds)
+    if not any(kind in _kinds_of(info) for info in layers for kind in kinds):
+        raise invalid("kinds", f"some of {sorted({info.kind for info in layers})}, which the model has", kinds)
     return set(kinds)
+
+
+def _kinds_of(info: LayerInfo) -> tuple[str, tuple[str, str]]:
+    return info.kind, (info.stack, info.kind)
 
 
 def _units(scores: torch.Tensor, row: int, info: LayerInfo, groups: bool) -> list[_Unit]:

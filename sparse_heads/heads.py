@@ -219,12 +219,18 @@ class HeadScores:
         return self._layers
 
     def top(
-        self, k: int, *, min_per_layer: int = 0, kinds: Iterable[str] | None = None, groups: bool = False
+        self,
+        k: int,
+        *,
+        min_per_layer: int = 0,
+        kinds: Iterable[str | tuple[str, str]] | None = None,
+        groups: bool = False,
     ) -> HeadSubset:
         """The subset of the `k` best heads, exactly; of equal ones the lower layer, then the lower head comes first.
 
         min_per_layer: every layer's best heads that are taken before all others, this many.
-        kinds: "self" or "cross" layers that `k` counts heads of; layers of other kinds keep all theirs, uncounted.
+        kinds: the layers that `k` counts heads of: "self" or "cross", or (stack, kind) pairs such as ("decoder",
+            "cross"); all others keep all their heads, uncounted.
         groups: take whole KV groups, ranked by the mean of their scores.
         Raises InvalidArgumentError for a `k` that cannot be met exactly, naming what can.
         """
@@ -235,7 +241,7 @@ class HeadScores:
         budgets: Iterable[int],
         *,
         min_per_layer: int = 0,
-        kinds: Iterable[str] | None = None,
+        kinds: Iterable[str | tuple[str, str]] | None = None,
         groups: bool = False,
     ) -> HeadSubset:
         """A subset with one request a budget, each as `top` gives it: a smaller budget's heads are in a larger's."""

@@ -54,6 +54,7 @@ def test_kinds_are_kept_as_tuples(config, needed):
         ({"anneal_steps": 1e3}, InvalidTypeError, "anneal_steps: wanted an int, got float 1000.0"),
         ({"start_temperature": 0}, InvalidArgumentError, "start_temperature: wanted above 0, got float 0.0"),
         ({"end_temperature": -1.0}, InvalidArgumentError, "end_temperature: wanted above 0, got float -1.0"),
+        ({"end_temperature": 1e-320}, InvalidArgumentError, "end_temperature: wanted at least 1e-100, got float"),
         ({"end_temperature": math.nan}, InvalidArgumentError, "end_temperature: wanted a finite number, got float nan"),
     ],
 )

@@ -136,7 +136,6 @@ def test_importances_get_their_own_learning_rate_and_no_decay(config: GateConfig
         groups = gates.parameter_groups(gate_lr)
         assert [parameter for group in groups for parameter in group["params"]] == list(gates.parameters())
         assert all(group["lr"] == expected and group["weight_decay"] == 0 for group in groups)
-        assert "maximize" not in groups[0] and all(group["maximize"] for group in groups[1:])
 
 
 def test_first_draws_follow_the_seed_and_xaviers_bound():

@@ -86,6 +86,8 @@ def test_kinds_restrict_the_budget_and_leave_the_others_on():
     assert list(scores.top(2, kinds=["cross"]).kept().values()) == [[0, 1, 2, 3], [1, 2], [0, 1, 2, 3]]
     assert list(scores.top(4, kinds={"self"}, min_per_layer=2).kept().values()) == [[0, 3], [0, 1, 2], [1, 3]]
     assert scores.top(4, kinds=("self", "cross")) == scores.top(4)
+    pairs = [(info.stack, info.kind) for info in LAYERS]
+    assert scores.top(2, kinds=[pairs[1], pairs[1]]) == scores.top(2, kinds=["cross"])
     with pytest.raises(InvalidArgumentError, match="k: wanted 0 to 8 heads"):
         scores.top(9, kinds=["self"])
 
@@ -93,13 +95,21 @@ def test_kinds_restrict_the_budget_and_leave_the_others_on():
 @pytest.mark.parametrize(
     "kinds, error, message",
     [
-        ("self", InvalidTypeError, "kinds: wanted a list of 'self' and 'cross', or None, got str 'self'"),
-        (["both"], InvalidArgumentError, r"kinds: wanted 'self' and 'cross' only, got list \['both'\]"),
-        ([], InvalidArgumentError, r"kinds: wanted one of \['self'\], which the model has, got list \[\]"),
+        (
+            "self",
+            InvalidTypeError,
+            r"kinds: wanted a list of 'self', 'cross' or \(stack, kind\) pairs, or None, got str 'self'",
+        ),
+        (
+            ["both"],
+            InvalidArgumentError,
+            r"kinds: wanted a list of 'self', 'cross' or \(stack, kind\) pairs, got list \['both'\]",
+        ),
+        ([], InvalidArgumentError, r"kinds: wanted some of \['self'\], which the model has, got list \[\]"),
         (
             ["cross"],
             InvalidArgumentError,
-            r"kinds: wanted one of \['self'\], which the model has, got list \['cross'\]",
+            r"kinds: wanted some of \['self'\], which the model has, got list \['cross'\]",
         ),
     ],
 )

@@ -19,6 +19,7 @@ LEVELS = {
     "sparse_heads._version": 0,
     "sparse_heads._build": 0,
     "sparse_heads.errors": 0,
+    "sparse_heads._attention_arguments": 1,
     "sparse_heads._files": 1,
     "sparse_heads._native": 1,
     "sparse_heads._ranking": 1,

@@ -34,7 +34,7 @@ class Encoder:
     source: str
 
     def batches(self, sentences: Sequence[str], size: int = BATCH_SIZE) -> tuple[list[Batch], torch.Tensor]:
-        """Pad the sentences in batches of `size` sorted by length; also the order, int64 [sentences], that sorts them."""
+        """Pad the sentences in batches of `size`, sorted by length; also the order that sorts them, int64 [N]."""
         token_ids = self.tokenizer(list(sentences), truncation=True, max_length=LONGEST)["input_ids"]
         order = sorted(range(len(token_ids)), key=lambda index: len(token_ids[index]))
         batches = []

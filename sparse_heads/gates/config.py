@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .method import GateMethod
 
 MODES = ("joint", "pipelined")
+_SMALLEST_TEMPERATURE = 1e-100  # what is divided by less overflows
 
 
 class GateConfig:
@@ -86,6 +87,14 @@ def positive_number(argument: str, value: object) -> float:
     number = finite_number(argument, value)
     if number <= 0:
         raise invalid(argument, "above 0", number)
+    return number
+
+
+def temperature_above_zero(argument: str, value: object) -> float:
+    """`value` as a float, if scores may be divided by it."""
+    number = positive_number(argument, value)
+    if number < _SMALLEST_TEMPERATURE:
+        raise invalid(argument, f"at least {_SMALLEST_TEMPERATURE}", number)
     return number
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import invalid
 from ..layers import whole_number
-from .config import GateConfig, one_of, positive_number, preset_fields
+from .config import GateConfig, one_of, preset_fields, temperature_above_zero
 from .method import GateMethod, checked_layer_of, xavier_uniform
 from .noise import gumbel
 from .schedule import geometric
@@ -51,8 +51,8 @@ class DSPConfig(GateConfig):
         self._set(
             k=whole_number("k", self.k, 0),
             anneal_steps=whole_number("anneal_steps", self.anneal_steps, 0),
-            start_temperature=positive_number("start_temperature", self.start_temperature),
-            end_temperature=positive_number("end_temperature", self.end_temperature),
+            start_temperature=temperature_above_zero("start_temperature", self.start_temperature),
+            end_temperature=temperature_above_zero("end_temperature", self.end_temperature),
         )
 
     @classmethod

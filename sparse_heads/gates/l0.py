@@ -15,9 +15,9 @@ from .config import (
     GateConfig,
     initial_log_alpha,
     number_from_zero,
-    positive_number,
     preset_fields,
     stretch_interval,
+    temperature_above_zero,
 )
 from .hard_concrete import hard_concrete, open_probability, settled_gate
 from .method import GateMethod, checked_layer_of, initial_generator, xavier_uniform
@@ -65,7 +65,7 @@ class HardConcreteConfig(GateConfig):
         self._set(
             initial=initial_log_alpha(self.initial),
             penalty=number_from_zero("penalty", self.penalty),
-            temperature=positive_number("temperature", self.temperature),
+            temperature=temperature_above_zero("temperature", self.temperature),
             stretch=stretch_interval(self.stretch),
             initial_std=number_from_zero("initial_std", self.initial_std),
             k=None if self.k is None else whole_number("k", self.k, 0),
@@ -126,7 +126,8 @@ class HardConcreteGates(GateMethod):
         if self.config.target is None:
             return self.config.penalty * expected
         excess = (expected - self.config.target) / math.sqrt(len(self.importances))
-        return self.multipliers[0] * excess + self.multipliers[1] * excess.square()
+        linear, quadratic = _Reversed.apply(self.multipliers)
+        return linear * excess + quadratic * excess.square()
 
     def keep(self) -> Tensor:
         if self.config.k is not None:
@@ -140,8 +141,20 @@ class HardConcreteGates(GateMethod):
         return settled_gate(self.importances.detach(), self.config.stretch) * keep
 
     def parameter_groups(self, gate_lr: float | None = None) -> list[dict[str, Any]]:
-        """As everywhere; with a target the multipliers too, which the optimizer has to maximize."""
+        """As everywhere; with a target the multipliers too."""
         groups = super().parameter_groups(gate_lr)
         if self.config.target is not None:
-            groups.append({**groups[0], "params": [self.multipliers], "maximize": True})
+            groups[0]["params"].append(self.multipliers)
         return groups
+
+
+class _Reversed(torch.autograd.Function):
+    """The multipliers themselves, with the opposite gradient: what descends on the loss ascends on them."""
+
+    @staticmethod
+    def forward(ctx: Any, multipliers: Tensor) -> Tensor:
+        return multipliers.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..layers import whole_number
-from .config import GateConfig, initial_log_alpha, number_from_zero, positive_number, stretch_interval
+from .config import GateConfig, initial_log_alpha, number_from_zero, stretch_interval, temperature_above_zero
 from .hard_concrete import open_probability, stretched_concrete
 from .method import GateMethod, checked_layer_of, xavier_uniform
 from .schedule import linear_warmup
@@ -46,7 +46,7 @@ class LayerwiseConfig(GateConfig):
             penalty=number_from_zero("penalty", self.penalty),
             warmup_start=whole_number("warmup_start", self.warmup_start, 0),
             warmup_steps=whole_number("warmup_steps", self.warmup_steps, 0),
-            temperature=positive_number("temperature", self.temperature),
+            temperature=temperature_above_zero("temperature", self.temperature),
             stretch=stretch_interval(self.stretch),
         )
 

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import invalid, invalid_type
 from ..layers import whole_number
-from .config import positive_number
+from .config import temperature_above_zero
 
 _TINY = torch.finfo(torch.float64).tiny
 # Exact ties at low temperatures have derivatives beyond float64; their squares must not overflow in an optimizer.
@@ -39,7 +39,7 @@ def soft_top_k(scores: Tensor, k: int, temperature: float) -> Tensor:
     Raises InvalidArgumentError or InvalidTypeError for scores, k or a temperature that cannot be.
     """
     _check(scores, k)
-    return _SoftTopK.apply(scores.double(), k, positive_number("temperature", temperature))
+    return _SoftTopK.apply(scores.double(), k, temperature_above_zero("temperature", temperature))
 
 
 class _SoftTopK(torch.autograd.Function):

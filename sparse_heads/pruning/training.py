@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -116,4 +117,5 @@ def _forget_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
 def _gradients_are_finite(optimizer: torch.optim.Optimizer) -> bool:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return bool(get_total_norm(gradients).isfinite()) if gradients else True
+    # a norm of less than the largest entry's dtype could overflow; one of infinite order cannot
+    return bool(get_total_norm(gradients, norm_type=math.inf).isfinite()) if gradients else True

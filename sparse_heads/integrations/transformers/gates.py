@@ -181,7 +181,7 @@ class Gates:
         """The ranking of the heads that have a gate, and +inf for all others, which come before them.
 
         So `scores().top(k)`, with the heads without a gate counted in `k`, is `subset()` for the `k` that it has; so is
-        `top(k, kinds=...)` without them, where the configuration's kinds are "self" or "cross".
+        `top(k, kinds=...)` without them, with the configuration's kinds.
         """
         rank = self.method.rank().cpu()
         tensor = torch.full(self._heads.shape, float("inf"), dtype=rank.dtype, device="cpu")
