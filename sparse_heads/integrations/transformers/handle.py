@@ -121,7 +121,7 @@ class Handle:
 
     @contextmanager
     def use_heads_in_layer(self, row: int, mask: Tensor) -> Iterator[None]:
-        """`use_heads` of bool `[B, H]` in one layer; the others run as they are, not a row a request."""
+        """`use_heads` of bool `[B, H]`, or `[1, H]` for all rows, in one layer; the others run as they are."""
         self._check_attached()
         subset = self.every_head.mask.repeat(len(mask), 1, 1)
         subset[:, row, : mask.shape[1]] = mask
