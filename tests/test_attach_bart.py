@@ -240,6 +240,22 @@ def test_michel_scores_need_nothing_but_labels():
         assert scores.top(5, kinds=kinds).count() == 5 + int((CROSS if kinds == ("self",) else ~CROSS).sum()) * 4
 
 
+@pytest.mark.parametrize("kinds, kept", [(None, 9), ((("decoder", "cross"),), 24 + 9), (("self",), 12 + 9)], ids=str)
+def test_gates_learn_one_budget_over_the_chosen_kinds(kinds, kept):
+    model, handle, plain = pair()
+    batch = source() | {"labels": torch.randint(5, 61, (3, 4), generator=torch.Generator().manual_seed(1))}
+    gates = sh.attach_gates(model, sh.DSPConfig(k=9, mode="pipelined", anneal_steps=4, kinds=kinds))
+    sh.train_gates(gates, [batch], steps=5)
+    subset = gates.subset()
+    assert subset.count() == kept
+    tokens = model.eval().generate(**source(), **GREEDY)
+    gates.detach()
+    with handle.use_heads(subset):
+        assert torch.equal(tokens, model.generate(**source(), **GREEDY))
+    expected = masked_copy(plain, handle.layers, subset.mask).generate(**source(), **GREEDY)
+    assert torch.equal(tokens, expected)
+
+
 @pytest.mark.parametrize("name", ["bart", "marian"])
 def test_detach_gives_the_model_back_bit_by_bit(name):
     model, handle, plain = pair(name)
