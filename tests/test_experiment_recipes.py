@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,6 +42,20 @@ def test_every_recipe_runs_on_the_shipped_examples(name, tmp_path):
 def test_recovery_gives_second_rows(tmp_path):
     rows = run("sst2_magnitude", tmp_path, "--recovery", "1", "--kept", "2", "8")["rows"]
     assert [(row["kept"], row["steps"]) for row in rows] == [(8, 2), (2, 0), (2, 1), (8, 0), (8, 1)]
+
+
+def test_recovery_sees_all_batches_whatever_the_scores_see(tmp_path, monkeypatch):
+    recipe = RECIPES["sst2_attention_guided"]
+    score, dense = {**recipe.score, "batches": 1}, replace(recipe.dense, batch=2)
+    monkeypatch.setitem(RECIPES, "sst2_attention_guided", replace(recipe, score=score, dense=dense))
+    seen = []
+    for name, position in (("score_heads", 1), ("recover", 2)):
+        real = getattr(sh, name)
+        monkeypatch.setattr(
+            sh, name, lambda *a, real=real, at=position, **options: (seen.append(len(a[at])), real(*a, **options))[1]
+        )
+    run("sst2_attention_guided", tmp_path, "--recovery", "1", "--kept", "2")
+    assert seen == [1, 2]
 
 
 def test_counts_are_refused_where_the_method_decides():

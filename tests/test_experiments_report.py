@@ -68,6 +68,12 @@ def test_a_claim_that_holds(tmp_path: Path):
     assert (tmp_path / "tiny-frozen.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_claim_names_the_rivals_that_have_not_run(tmp_path: Path):
+    text = fill(Store(tmp_path / "tiny"), {"DSP": 0.9, "random": 0.5})
+    assert "**Not all rivals are there yet: magnitude, L0.**" in text
+    assert "Not all rivals" not in fill(Store(tmp_path / "tiny"), {"magnitude": 0.7, "L0": 0.5})
+
+
 def test_a_claim_that_fails_is_said_to_fail(tmp_path: Path):
     text = fill(Store(tmp_path / "tiny"), {"DSP": 0.6, "random": 0.5, "magnitude": 0.7})
     assert "The claim fails: it is behind." in text

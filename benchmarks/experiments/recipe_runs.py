@@ -96,14 +96,13 @@ def by_scores(
     """A row for every count of one ranking, of several for random heads; a second one after recovery."""
     options = dict(recipe.score)
     limit = options.pop("batches", None)
-    batches = epoch(data, recipe.dense, random.Random(limits.seed))[: limits.steps or limit]
-    batches = on_device(batches, limits.device)
+    batches = on_device(epoch(data, recipe.dense, random.Random(limits.seed))[: limits.steps], limits.device)
     draws = RANDOM_DRAWS if options["method"] == "random" else 1
     handle = sh.attach(dense)
     for draw in range(draws):
         seeded = {"seed": limits.seed + draw} if options["method"] == "random" else {}
         data_free = options["method"] in ("random", "magnitude")
-        scores = sh.score_heads(dense, None if data_free else batches, **options, **seeded)
+        scores = sh.score_heads(dense, None if data_free else batches[:limit], **options, **seeded)
         for kept in counts:
             subset = scores.top(kept)
             with handle.use_heads(subset):

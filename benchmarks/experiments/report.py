@@ -27,7 +27,8 @@ def write(study: Study, store: Store, smoke: bool = False) -> str:
     compared = comparisons(lines, study.claim.method, study.tests, study.primary)
     tables = [name for name in TITLES if any(line.table == name for line in lines)]
     pictures = {name: store.folder.with_name(f"{store.folder.name}-{name}.png") for name in tables}
-    parts = [f"# {study.title}", *(["**A smoke run: it claims nothing.**"] if smoke else []), claim_text(study, lines)]
+    parts = [f"# {study.title}", *(["**A smoke run: it claims nothing.**"] if smoke else [])]
+    parts.append(claim_text(study, contents, lines))
     for name in tables:
         chosen = [line for line in lines if line.table == name]
         parts += [f"## {TITLES[name]}", f"![{name}]({pictures[name].name})", losses_text(compared, name)]
@@ -42,7 +43,7 @@ def write(study: Study, store: Store, smoke: bool = False) -> str:
     return text
 
 
-def claim_text(study: Study, lines: Sequence[Line]) -> str:
+def claim_text(study: Study, contents: Sequence[dict[str, Any]], lines: Sequence[Line]) -> str:
     """What became of the primary claim."""
     claim, metric = study.claim, study.primary
     found = best_other(lines, claim, metric)
@@ -55,9 +56,19 @@ def claim_text(study: Study, lines: Sequence[Line]) -> str:
     wanted = len(study.table(claim.table).seeds)
     if difference.seeds < wanted:
         said += f"**Unfinished: {difference.seeds} of {wanted} seeds.** "
+    if missing := unfinished(study, contents):
+        said += f"**Not all rivals are there yet: {', '.join(missing)}.** "
     verdict = "holds" if difference.low > 0 else "fails: it is behind" if difference.high < 0 else "is not shown"
     said += f"The best other by the development split is {other.label}: difference {difference}, "
     return said + f"p {difference.p:.2g}, ahead in {difference.ahead} of {difference.seeds} seeds. The claim {verdict}."
+
+
+def unfinished(study: Study, contents: Sequence[dict[str, Any]]) -> list[str]:
+    """The methods that lack a seed at the claim's count, any of which may be the best other one."""
+    table, kept = study.table(study.claim.table), study.claim.kept
+    ran = {(one["table"], one["method"], one["kept"], one["seed"]) for one in contents if one["trial"] is None}
+    names = (method.name for method in table.methods)
+    return [name for name in names if any((table.name, name, kept, seed) not in ran for seed in table.seeds)]
 
 
 def losses_text(compared: Sequence[Comparison], name: str) -> str:
