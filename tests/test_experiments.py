@@ -164,6 +164,15 @@ def test_a_final_cell_takes_the_settings_that_did_best_on_the_development_split(
     assert runner.decide(Cell("tiny", FROZEN, "random", 3, 0), runner.study.tables[0].method("random")) == (0, {})
 
 
+def test_a_trial_that_gave_nan_never_wins(tmp_path: Path):
+    runner = run.Runner(tiny_study(), Store(tmp_path / "tiny"), smoke=False)
+    method = runner.study.tables[0].method("DSP")
+    for trial, value in enumerate((float("nan"), 0.25)):
+        cell = Cell("tiny", FROZEN, "DSP", 3, TUNING_SEED, trial)
+        runner.store.write(cell, {"results": [{"development": {"closeness": value}}]})
+    assert runner.decide(Cell("tiny", FROZEN, "DSP", 3, 0), method)[0] == 1
+
+
 def test_a_final_cell_waits_for_its_trials(tmp_path: Path):
     runner = run.Runner(tiny_study(), Store(tmp_path), smoke=False)
     with pytest.raises(SparseHeadsError, match="frozen-dsp-3-seed0: wanted the trials that choose its settings fir"):

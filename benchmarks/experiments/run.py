@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -90,7 +91,9 @@ class Runner:
             raise SparseHeadsError(f"{cell.name}: wanted the trials that choose its settings first, missing {missing}")
         found = [self.store.read(one)["results"][0]["development"][self.study.primary] for one in behind]
         names = [one.name for one in behind]
-        return (found.index(max(found)) if found else 0), dict(zip(names, found, strict=True))
+        # NaN compares as nothing, so a trial that fell apart would win where it came first.
+        comparable = [-math.inf if math.isnan(value) else value for value in found]
+        return (comparable.index(max(comparable)) if found else 0), dict(zip(names, found, strict=True))
 
     def measured(self, context: Context, cell: Cell, choice: Choice) -> dict[str, Any]:
         """A choice's heads, and its metrics: of the development split, and for a final cell of the test splits.
