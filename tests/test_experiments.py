@@ -27,7 +27,7 @@ from benchmarks.experiments.study import (
     Table,
     load_study,
 )
-from sparse_heads.errors import SparseHeadsError
+from sparse_heads.errors import NotFiniteError, SparseHeadsError
 
 SCORES = (plans.score("magnitude", method="magnitude"), plans.score("Michel", method="michel", needs=("loss",)))
 
@@ -204,6 +204,43 @@ def test_a_method_that_breaks_its_promise_is_an_error(tmp_path: Path, monkeypatc
     with pytest.raises(SparseHeadsError, match="frozen-magnitude-3-seed0: wanted exactly 3 heads, got 4"):
         runner.run(Cell("tiny", FROZEN, "magnitude", 3, 0))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_method_that_breaks_leaves_a_cell_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    runner = run.Runner(tiny_study(), Store(tmp_path), smoke=False)
+
+    def broken(*arguments: object) -> None:
+        raise NotFiniteError("loss: NaN")
+
+    monkeypatch.setattr(run, "choose", broken)
+    trials = [Cell("tiny", FROZEN, "DSP", 3, TUNING_SEED, trial) for trial in (0, 1)]
+    assert runner.run(trials[0])["failed"] == "loss: NaN" and runner.store.read(trials[0])["results"] == []
+    monkeypatch.undo()
+    runner.run(trials[1])
+    assert runner.decide(Cell("tiny", FROZEN, "DSP", 3, 0), tiny_study().table(FROZEN).method("DSP"))[0] == 1
+
+
+def test_the_dense_model_is_measured_on_the_splits_that_a_cell_may_see(tmp_path: Path):
+    runner = run.Runner(tiny_study(), Store(tmp_path), smoke=False)
+    trial = runner.run(Cell("tiny", FROZEN, "DSP", 3, TUNING_SEED, 0))
+    assert {name: value["worst"] for name, value in trial["dense"].items()} == {"development": pytest.approx(0)}
+    final = runner.run(Cell("tiny", FROZEN, "magnitude", 3, 0))["dense"]
+    assert [final[name]["closeness"] for name in ("development", "near", "far")] == [
+        pytest.approx(x) for x in (1, 0, 5)
+    ]
+
+
+@pytest.mark.parametrize(
+    "key, value", [("smoke", True), ("facts", {"texts": "others"}), ("settings", {"gate_lr": 9.0})]
+)
+def test_cells_of_another_run_are_refused(key: str, value: object, tmp_path: Path):
+    runner = run.Runner(tiny_study(), Store(tmp_path), smoke=False)
+    cell = Cell("tiny", FROZEN, "DSP", 3, TUNING_SEED, 0)
+    runner.run(cell)
+    runner.check_stored([cell])
+    runner.store.write(cell, {**runner.store.read(cell), key: value})
+    with pytest.raises(SparseHeadsError, match=f"wanted {key} .*, as this run has, got"):
+        runner.check_stored([cell])
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])

@@ -43,7 +43,14 @@ def result(label: str, kept: int, level: float, development: float | None = None
 
 
 def write(store: Store, cell: Cell, results: list[dict], behind: Mapping[str, float] | None = None) -> None:
-    about = {"smoke": False, "settings": {}, "chosen_from": behind or {}, "threads": 2, "seconds": 36.0}
+    about = {
+        "smoke": False,
+        "settings": {},
+        "dense": {"test": {"cosine": 1.0}},
+        "chosen_from": behind or {},
+        "threads": 2,
+        "seconds": 36.0,
+    }
     about |= {"date": "today", "machine": {"cpu": "a processor"}, "versions": {"torch": "2.13"}, "commit": "0" * 40}
     store.write(cell, {**vars(cell), **about, "dirty": False, "results": results})
 
@@ -131,6 +138,16 @@ def test_trials_are_listed(tmp_path: Path):
     assert "| frozen | DSP | 3 | gate_lr 0.25 | 0.7500 |" in text
     assert re.search(r"\| DSP \| 3 \| 2 \| 7 \|", text)
     assert "3 cells, 0.03 hours; a processor, 2 threads; torch 2.13; commits 000000000000" in text
+
+
+def test_dense_and_what_broke_are_reported(tmp_path: Path):
+    store = Store(tmp_path / "tiny")
+    write(store, Cell("tiny", FROZEN, "L0", 3, 0), [])
+    content = {**store.read(Cell("tiny", FROZEN, "L0", 3, 0)), "failed": "loss: NaN"}
+    store.write(Cell("tiny", FROZEN, "L0", 3, 0), content)
+    text = fill(store, {"DSP": 0.9, "magnitude": 0.8})
+    assert "With all heads, before any training: test: cosine 1.000." in text
+    assert "Runs that broke (1 cells): frozen, L0, 3 heads, seed 0: loss: NaN." in text
 
 
 def test_a_smoke_run_says_so(tmp_path: Path):

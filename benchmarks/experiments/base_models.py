@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_model, save_model
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -51,6 +51,14 @@ def trained_model(
             save_model(model, str(unfinished))
             unfinished.replace(path)
     return model.eval()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A short name for the weights of a model, so that cells of two of them are not mixed."""
+    digest = hashlib.blake2b(digest_size=8)
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(key.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def train(model: PreTrainedModel, batches: Iterator[Mapping[str, Tensor]], training: Training, name: str) -> None:

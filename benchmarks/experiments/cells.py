@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,6 +91,11 @@ class Store:
     def all(self) -> list[dict[str, Any]]:
         """Every cell's content, in the order of names."""
         return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob("*.json"))]
+
+
+def judged(content: dict[str, Any], metric: str) -> float:
+    """What a trial is judged by, on the development split; NaN for one that failed."""
+    return content["results"][0]["development"][metric] if content["results"] else math.nan
 
 
 def to_json(content: dict[str, Any]) -> str:

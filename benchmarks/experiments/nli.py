@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from . import nli_sentences
-from .base_models import Training, trained_model
+from .base_models import Training, trained_model, weights_digest
 from .nli_semantics import LABELS
 from .plans import frozen_table, labelled_scores, smoke_table, trained_table
 from .study import FROZEN, Batch, Claim, Context, Metrics, Sealed, Study
@@ -40,7 +40,10 @@ def prepare(seed: int, smoke: bool) -> Context:
         development=held_out("development", DEVELOPMENT_SEED, count),
         tests=Sealed({"test": held_out("test", TEST_SEED, count)}),
         special_tokens=range(len(SPECIAL)),
-        facts={"weights": "trained from scratch", "training steps": (SMOKE_BASE if smoke else BASE).steps},
+        facts={
+            "weights": f"trained from scratch, {weights_digest(base_model(smoke))}",
+            "training steps": (SMOKE_BASE if smoke else BASE).steps,
+        },
     )
 
 

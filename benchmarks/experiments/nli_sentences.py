@@ -16,23 +16,21 @@ from .nli_semantics import QUANTIFIERS, Meaning, Sentence, label
 
 # Of every family the most general word, then {a narrower one: still narrower ones}.
 NOUNS = {
-    "animals": {"dogs": ("poodles", "beagles"), "birds": ("robins", "eagles")},
-    "people": {"artists": ("painters", "sculptors"), "scientists": ("chemists", "botanists")},
-    "vehicles": {"cars": ("taxis", "limousines"), "boats": ("canoes", "ferries")},
-    "plants": {"trees": ("oaks", "birches"), "flowers": ("roses", "tulips")},
-    "instruments": {"horns": ("trumpets", "tubas"), "drums": ("bongos", "snares")},
-    "tools": {"hammers": ("mallets", "sledgehammers"), "saws": ("hacksaws", "jigsaws")},
+    "animals": {"dogs": ("poodles", "beagles"), "birds": ()},
+    "people": {"artists": ("painters", "sculptors"), "doctors": ()},
+    "vehicles": {"boats": ("canoes", "ferries"), "cars": ()},
+    "plants": {"trees": ("oaks", "birches"), "flowers": ()},
+    "instruments": {"horns": ("trumpets", "tubas"), "drums": ()},
 }
 VERBS = {
-    "move": {"run": ("sprint", "jog"), "jump": ("hop", "leap")},
-    "communicate": {"speak": ("whisper", "mumble"), "write": ("scribble", "type")},
-    "consume": {"eat": ("nibble", "munch"), "drink": ("sip", "gulp")},
-    "rest": {"sleep": ("doze", "nap"), "sit": ("squat", "perch")},
-    "change": {"grow": ("swell", "lengthen"), "shrink": ("shrivel", "dwindle")},
-    "emote": {"cry": ("sob", "weep"), "laugh": ("giggle", "chuckle")},
+    "move": {"run": ("sprint", "jog"), "swim": ()},
+    "communicate": {"speak": ("whisper", "mumble"), "write": ()},
+    "consume": {"eat": ("nibble", "munch"), "drink": ()},
+    "rest": {"sleep": ("doze", "nap"), "sit": ()},
+    "emote": {"laugh": ("giggle", "chuckle"), "cry": ()},
 }
-ADJECTIVES = ("small", "old", "red", "happy", "clean", "strange", "heavy", "famous")
-ADVERBS = ("quickly", "often", "quietly", "well", "today", "outside", "alone", "badly")
+ADJECTIVES = ("small", "old", "red", "happy", "clean", "strange")
+ADVERBS = ("quickly", "often", "quietly", "well", "today", "alone")
 NOT = ("do", "not")
 SPLITS = ("train", "development", "test")
 
@@ -85,10 +83,10 @@ def all_words() -> list[str]:
 def topics(split: str) -> list[tuple[int, int]]:
     """The (noun family, verb family) that sentences of a split are about; no two splits share one.
 
-    Every word is met in training, beside most of the words of the other kind.
+    Every word is met in training, beside three fifths of the words of the other kind.
     """
     pairs = product(range(len(NOUN_FAMILIES)), range(len(VERB_FAMILIES)))
-    place = {0: "development", 3: "test"}
+    place = {0: "development", 2: "test"}
     return [pair for pair in pairs if place.get(sum(pair) % len(VERB_FAMILIES), "train") == split]
 
 
@@ -135,9 +133,9 @@ def _phrase(generator: random.Random, heads: list[str], modifiers: tuple[str, ..
 def _changed(
     generator: random.Random, phrase: tuple[str, ...], heads: list[str], modifiers: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """The phrase, often with another head word, sometimes with its modifier added, dropped or replaced."""
+    """The phrase, often with another head word, less often with its modifier added, dropped or replaced."""
     head, *modifier = phrase
-    if generator.random() < 0.4:
+    if generator.random() < 0.5:
         head = generator.choice(heads)
     if generator.random() < 0.3:
         modifier = [] if modifier and generator.random() < 0.7 else [generator.choice(modifiers)]

@@ -12,7 +12,7 @@ import typer
 from sparse_heads._files import write_whole
 
 from ..tables import table
-from .cells import RESULTS, Store
+from .cells import RESULTS, Store, judged
 from .plot import table_plot
 from .study import Study, load_study
 from .summary import Comparison, Line, best_other, comparisons, difference_of, lines_of, spread
@@ -32,8 +32,15 @@ def write(study: Study, store: Store, smoke: bool = False) -> str:
     for name in tables:
         chosen = [line for line in lines if line.table == name]
         parts += [f"## {TITLES[name]}", f"![{name}]({pictures[name].name})", losses_text(compared, name)]
+        parts.append(dense_text(study, contents, name))
         parts += [section(study, chosen, compared, kept) for kept in dict.fromkeys(line.kept for line in chosen)]
-    parts += ["## Trials", trials_table(study, contents), "## Passport", passport_text(contents)]
+    parts += [
+        failures_text(contents),
+        "## Trials",
+        trials_table(study, contents),
+        "## Passport",
+        passport_text(contents),
+    ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     files = {store.folder.with_suffix(".md"): text.encode()}
     for name in tables:
@@ -66,7 +73,8 @@ def claim_text(study: Study, contents: Sequence[dict[str, Any]], lines: Sequence
 def unfinished(study: Study, contents: Sequence[dict[str, Any]]) -> list[str]:
     """The methods that lack a seed at the claim's count, any of which may be the best other one."""
     table, kept = study.table(study.claim.table), study.claim.kept
-    ran = {(one["table"], one["method"], one["kept"], one["seed"]) for one in contents if one["trial"] is None}
+    final = [one for one in contents if one["trial"] is None and one["results"]]
+    ran = {(one["table"], one["method"], one["kept"], one["seed"]) for one in final}
     names = (method.name for method in table.methods)
     return [name for name in names if any((table.name, name, kept, seed) not in ran for seed in table.seeds)]
 
@@ -79,6 +87,25 @@ def losses_text(compared: Sequence[Comparison], name: str) -> str:
         found = [f"{one.label} at {one.kept} ({one.split})" for one in own if one.standing == standing]
         texts.append(f"{standing.capitalize()} ({len(found)} of {len(own)} comparisons): {'; '.join(found) or 'none'}.")
     return " ".join(texts) if own else ""
+
+
+def dense_text(study: Study, contents: Sequence[dict[str, Any]], name: str) -> str:
+    """What all heads give: the mark that every row is read against."""
+    dense = next(one["dense"] for one in contents if one["table"] == name and one["trial"] is None)
+    splits = [
+        f"{split}: " + ", ".join(f"{metric} {value:.3f}" for metric, value in dense[split].items())
+        for split in study.tests
+    ]
+    return f"With all heads, before any training: {'; '.join(splits)}."
+
+
+def failures_text(contents: Sequence[dict[str, Any]]) -> str:
+    """The cells whose method broke, and how."""
+    failed = [one for one in contents if "failed" in one]
+    named = (
+        f"{one['table']}, {one['method']}, {one['kept']} heads, seed {one['seed']}: {one['failed']}" for one in failed
+    )
+    return f"Runs that broke ({len(failed)} cells): {'; '.join(named)}." if failed else ""
 
 
 def section(study: Study, lines: Sequence[Line], compared: Sequence[Comparison], kept: int) -> str:
@@ -122,7 +149,7 @@ def trials_table(study: Study, contents: Sequence[dict[str, Any]]) -> str:
                 f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
                 for key, value in method.trials[content["trial"]].items()
             )
-            value = content["results"][0]["development"][study.primary]
+            value = judged(content, study.primary)
             rows.append([content["table"], content["method"], str(content["kept"]), tried, f"{value:.4f}"])
     return table(["table", "method", "heads", "settings", f"development {study.primary}"], rows) if rows else "None."
 

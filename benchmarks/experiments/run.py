@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections.abc import Iterator
@@ -15,11 +16,11 @@ import typer
 from tqdm import tqdm
 
 import sparse_heads as sh
-from sparse_heads.errors import SparseHeadsError
+from sparse_heads.errors import NotFiniteError, SparseHeadsError
 
 from ..environment import passport
 from . import report
-from .cells import RESULTS, Cell, Store, cells_of, trials_behind
+from .cells import RESULTS, Cell, Store, cells_of, judged, trials_behind
 from .estimate import estimated_minutes
 from .methods import Choice, Job, choose
 from .study import STUDIES, TRAINED, TUNING_SEED, Context, Method, Metrics, Study, load_study
@@ -37,6 +38,7 @@ class Runner:
     def __init__(self, study: Study, store: Store, smoke: bool) -> None:
         self.study, self.store, self.smoke = study, store, smoke
         self.contexts: dict[int, Context] = {}
+        self.dense: dict[tuple[int, bool], dict[str, Any]] = {}
         self.passport = passport()
 
     def context(self, seed: int) -> Context:
@@ -45,8 +47,40 @@ class Runner:
             self.contexts[seed] = self.study.prepare(seed, self.smoke)
         return self.contexts[seed]
 
+    def dense_metrics(self, cell: Cell) -> dict[str, Any]:
+        """Means of the model with all its heads, on the splits that the cell may see; measured once a seed."""
+        key = cell.seed, cell.final
+        if key not in self.dense:
+            context = self.context(cell.seed)
+            splits = {"development": context.development, **(context.tests.open(cell) if cell.final else {})}
+            with torch.no_grad():
+                self.dense[key] = {name: means(context.evaluate(context.model, one)) for name, one in splits.items()}
+        return self.dense[key]
+
+    def check_stored(self, cells: list[Cell]) -> None:
+        """Raise SparseHeadsError for a cell that is there but was run on other data, weights, settings or smoke.
+
+        Seeds would be paired, and trials compared, that do not belong together.
+        """
+        stored = [cell for cell in cells if self.store.has(cell)]
+        for cell in stored:
+            content = self.store.read(cell)
+            method = self.study.table(cell.table, self.smoke).method(cell.method)
+            wanted: dict[str, Any] = {"smoke": self.smoke, "facts": as_json(self.context(stored[0].seed).facts)}
+            if not cell.final:
+                wanted["settings"] = as_json({**method.settings, **method.trials[cell.trial]})
+            for key, value in wanted.items():
+                if content[key] != value:
+                    raise SparseHeadsError(
+                        f"{self.store.path(cell)}: wanted {key} {value}, as this run has, got {content[key]}; move the "
+                        "cells of the other run away"
+                    )
+
     def run(self, cell: Cell) -> dict[str, Any]:
-        """Measure one cell and write its file; the content. SparseHeadsError for a cell that is there already."""
+        """Measure one cell and write its file; the content. SparseHeadsError for a cell that is there already.
+
+        A method that ends in NaN leaves a cell without results that says so.
+        """
         if self.store.has(cell):
             raise SparseHeadsError(f"{cell.name}: wanted a cell that was not run yet; its test is taken once")
         context = self.context(cell.seed)
@@ -70,9 +104,13 @@ class Runner:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "facts": dict(context.facts),
         }
+        content["dense"] = self.dense_metrics(cell)
         began = perf_counter()
-        choices = choose(context, method.runs, job)
-        content["results"] = [self.measured(context, cell, choice) for choice in choices]
+        try:
+            choices = choose(context, method.runs, job)
+            content["results"] = [self.measured(context, cell, choice) for choice in choices]
+        except NotFiniteError as error:
+            content |= {"failed": str(error), "results": []}
         content["seconds"] = round(perf_counter() - began, 2)
         self.store.write(cell, content)
         return content
@@ -89,7 +127,7 @@ class Runner:
         missing = [one.name for one in behind if not self.store.has(one)]
         if missing:
             raise SparseHeadsError(f"{cell.name}: wanted the trials that choose its settings first, missing {missing}")
-        found = [self.store.read(one)["results"][0]["development"][self.study.primary] for one in behind]
+        found = [judged(self.store.read(one), self.study.primary) for one in behind]
         names = [one.name for one in behind]
         # NaN compares as nothing, so a trial that fell apart would win where it came first.
         comparable = [-math.inf if math.isnan(value) else value for value in found]
@@ -116,6 +154,11 @@ class Runner:
             "heads": choice.subset.kept(),
             "scale": None if choice.scale is None else [[round(x, 6) for x in row] for row in choice.scale.tolist()],
         }
+
+
+def as_json(value: Any) -> Any:
+    """`value` as it comes back from a file."""
+    return json.loads(json.dumps(value))
 
 
 def evaluate(context: Context, choice: Choice, split: Any) -> Metrics:
@@ -166,6 +209,7 @@ def run_study(name: str, smoke: bool, out: Path, only: list[str], minutes: float
     waiting = pending(cells, store, only)
     print(f"{study.name}: {len(cells)} cells, {len(waiting)} to run, into {store.folder}")
     runner = Runner(study, store, smoke)
+    runner.check_stored(cells)
     if waiting:
         minutes_needed = estimated_minutes(study, runner.context(waiting[0].seed), store, waiting, smoke)
         print(f"estimate: {minutes_needed:.0f} minutes")
