@@ -287,8 +287,6 @@ class Gates:
         """
         if not self.attached:
             return
-        if 0 < self.steps_done < self.method.schedule_steps:
-            warnings.warn(self.unfinished(self.steps_done), SparseHeadsWarning, stacklevel=2)
         self.attached = False
         for hook in self._hooks:
             hook.remove()
@@ -297,6 +295,8 @@ class Gates:
         self.handle.gates = None
         if self._owns_handle:
             self.handle.detach()
+        if 0 < self.steps_done < self.method.schedule_steps:
+            warnings.warn(self.unfinished(self.steps_done), SparseHeadsWarning, stacklevel=2)
 
     def unfinished(self, steps: int) -> str:
         """What a warning says of a training that ends after `steps` steps, before the schedule."""

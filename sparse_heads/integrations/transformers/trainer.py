@@ -110,7 +110,8 @@ class GatesCallback(TrainerCallback):
         for folder in (args.resume_from_checkpoint, _checkpoint(args, state)):
             if isinstance(folder, (str, Path)) and (Path(folder) / GATES.weights_file).is_file():
                 saved = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME))
-                if (saved.global_step, saved.log_history) == (state.global_step, state.log_history):
+                # as texts, in which NaN is NaN
+                if str((saved.global_step, saved.log_history)) == str((state.global_step, state.log_history)):
                     return self.gates.load_pretrained(Path(folder))
         if self.gates.steps_done != state.global_step:
             raise invalid(
