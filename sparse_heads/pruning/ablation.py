@@ -139,8 +139,8 @@ def _shared_modules(handle: Any) -> tuple[list[nn.Module], list[nn.Module]]:
 def _square(outputs: Tensor, counted: Tensor | None, example: int) -> float:
     """The squared norm of one example's outputs, `[T, ...]` or of any shape, without its padding."""
     if counted is not None:
-        outputs = outputs.masked_fill(~counted[example][:, None], 0.0)
-    return float(outputs.double().square().sum())
+        outputs = outputs[counted[example]]
+    return float(torch.linalg.vector_norm(outputs, dtype=torch.float64)) ** 2
 
 
 def _finite(value: Tensor) -> float:
