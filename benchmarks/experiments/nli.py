@@ -52,10 +52,10 @@ def base_model(smoke: bool = False) -> BertForSequenceClassification:
     """The dense classifier: 4 layers of 8 heads."""
     config = BertConfig(
         vocab_size=len(VOCABULARY),
-        hidden_size=128,
+        hidden_size=96,
         num_hidden_layers=4,
         num_attention_heads=8,
-        intermediate_size=256,
+        intermediate_size=192,
         max_position_embeddings=32,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
