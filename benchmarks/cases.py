@@ -152,7 +152,38 @@ class GenerateCase(BaseCase):
         return f"{self.level}-{shape}-{self.kept_count}of{self.all_count}"
 
 
-AnyCase = Case | RequestsCase | GqaCase | GenerateCase
+@dataclass(frozen=True)
+class GatesCase(BaseCase):
+    """A training step under gates, or the sweep that leaves out every head in turn.
+
+    label: "joint" or "pipelined", differentiable subset pruning to half of the heads; "zeros", hard-concrete gates of
+    which three quarters are 0; "sweep", ablation scores.
+    """
+
+    level: ClassVar[str] = "gates"
+    num_heads: ClassVar[int] = NUM_HEADS
+    reported: ClassVar[tuple[str, ...]] = ("label", "hidden", "layers", "feed_forward", "batch", "tokens")
+    hidden: int
+    layers: int
+    feed_forward: int
+    batch: int
+    tokens: int
+    label: str
+
+    @property
+    def kept(self) -> tuple[Heads, ...]:
+        """A quarter of the heads of each layer for "zeros", all otherwise."""
+        count = NUM_HEADS // 4 if self.label == "zeros" else NUM_HEADS
+        return tuple(rotated(count, layer) for layer in range(self.layers))
+
+    @property
+    def name(self) -> str:
+        """Unique within the suite, for example `gates-E384-L2-F96-4x512-zeros-6of24`."""
+        shape = f"E{self.hidden}-L{self.layers}-F{self.feed_forward}-{self.batch}x{self.tokens}"
+        return f"{self.level}-{shape}-{self.label}-{self.kept_count}of{self.all_count}"
+
+
+AnyCase = Case | RequestsCase | GqaCase | GenerateCase | GatesCase
 
 
 def rotated(count: int, layer: int) -> Heads:

@@ -145,6 +145,23 @@ def generate_figures(result: Result) -> list[Figure]:
     ]
 
 
+def gates_figures(result: Result) -> list[Figure]:
+    """Training steps under gates against dense ones; and ablation scores against as many forwards as heads."""
+    figures = []
+    for case in timed(result, "gates"):
+        if case["label"] in ("joint", "pipelined"):
+            title, time = f"Training step under gates, {case['label']}: time over", 1 / speed(case, WARM, ["dense"])
+            figures.append(Figure(f"{title} the dense step", 1.05, estimate(time), False, case["name"]))
+        if case["label"] == "zeros" and case["feed_forward"] < case["hidden"]:
+            title = "Training step, three quarters of the gates zero, attention-dominated: speed over the dense step"
+            figures.append(Figure(title, 1.5, estimate(speed(case, WARM, ["dense"])), True, case["name"]))
+        if case["label"] == "sweep":
+            for name, words in ((WARM, "without a loss"), (f"{WARM}_loss", "of a loss")):
+                title, time = f"Every head left out in turn, {words}: time over", 1 / speed(case, name, ["dense"])
+                figures.append(Figure(f"{title} as many forwards", 0.6, estimate(time), False, case["name"]))
+    return figures
+
+
 def import_figures(result: Result) -> list[Figure]:
     """Seconds that importing the library adds to importing torch, where the suite timed it."""
     if "import" not in result:
@@ -163,5 +180,6 @@ def all_figures(result: Result) -> list[Figure]:
         *requests_figures(result),
         *gqa_figures(result),
         *generate_figures(result),
+        *gates_figures(result),
         *import_figures(result),
     ]

@@ -27,6 +27,28 @@ class Oracle:
 
 
 @dataclass(frozen=True)
+class Oracles:
+    """An oracle for each of several outputs, by name."""
+
+    parts: Mapping[str, Oracle]
+
+    @classmethod
+    def of(cls, references: Mapping[str, Tensor], eager: Mapping[str, Tensor]) -> Oracles:
+        """From the references in float64 and the same computation done eagerly in the low precision."""
+        return cls({name: Oracle(each.double(), eager[name]) for name, each in references.items()})
+
+    def check(self, outputs: Mapping[str, Tensor]) -> None:
+        """Fail unless these are the outputs, each as good as its precision allows."""
+        if outputs.keys() != self.parts.keys():
+            raise AssertionError(f"outputs {sorted(outputs)}, wanted {sorted(self.parts)}")
+        for name, oracle in self.parts.items():
+            try:
+                oracle.check(outputs[name])
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from None
+
+
+@dataclass(frozen=True)
 class Tokens:
     """The tokens [B, T] that a greedy model has to give."""
 
@@ -41,7 +63,9 @@ class Tokens:
             raise AssertionError(f"another token than the oracle's, first at request {request}, position {position}")
 
 
-def wrong_candidates(candidates: Sequence[Candidate], oracles: Mapping[str, Oracle | Tokens]) -> dict[str, str]:
+def wrong_candidates(
+    candidates: Sequence[Candidate], oracles: Mapping[str, Oracle | Oracles | Tokens]
+) -> dict[str, str]:
     """Name and reason of every candidate whose output is not what its oracle wants."""
     wrong = {}
     for one in candidates:

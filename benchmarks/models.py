@@ -21,15 +21,18 @@ ATTENTION = (".attention.", ".self_attn.")  # in the names of attention paramete
 
 
 @cache
-def random_bert(hidden: int, layers: int) -> nn.Module:
-    """A seeded BERT (float32, eval, sdpa) whose queries and keys have unit variance, so that attention is not flat."""
+def random_bert(hidden: int, layers: int, feed_forward: int | None = None) -> nn.Module:
+    """A seeded BERT (float32, eval, sdpa, no dropout) whose queries and keys have unit variance, so that attention is
+    not flat; `feed_forward` is four times `hidden` unless given."""
     config = BertConfig(
         vocab_size=BERT_VOCABULARY,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=NUM_HEADS,
-        intermediate_size=4 * hidden,
+        intermediate_size=feed_forward or 4 * hidden,
         max_position_embeddings=POSITIONS,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     model = AutoModel.from_config(config, attn_implementation="sdpa").float().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(hidden)

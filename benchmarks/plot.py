@@ -166,6 +166,26 @@ def generate_plot(cases: list[Case]) -> bytes:
     return png(figure)
 
 
+def gates_plot(cases: list[Case]) -> bytes:
+    """PNG: time over the dense step, or over as many dense forwards as heads, a bar per case and candidate."""
+    bars = [(case, name) for case in cases for name in (WARM, f"{WARM}_loss") if name in case["candidates"]]
+    found = [estimate(1 / speed(case, name, ["dense"])) for case, name in bars]
+    heights = [one.value for one in found]
+    errors = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
+    figure = Figure(figsize=(max(8, 1.2 * len(bars)), 4.6), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(len(bars)), heights, 0.6, yerr=errors, color=OURS, error_kw={"linewidth": 0.8})
+    labels = [
+        f"{case['label']}{name.removeprefix(WARM).replace('_', ', ')}\nE {case['hidden']}, {case['layers']} layers\n"
+        f"feed-forward {case['feed_forward']}\n{case['batch']}x{case['tokens']}"
+        for case, name in bars
+    ]
+    axes.set_xticks(range(len(bars)), labels, fontsize=8)
+    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.set_ylabel("time over dense")
+    return png(figure)
+
+
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     FigureCanvasAgg(figure)

@@ -13,10 +13,11 @@ import typer
 from sparse_heads._files import write_whole
 
 from .figures import Case, Figure, Result, all_figures, timed
-from .plot import block_plot, generate_plot, gqa_plot, model_plot, requests_plot
+from .plot import block_plot, gates_plot, generate_plot, gqa_plot, model_plot, requests_plot
 from .tables import (
     block_losses,
     block_table,
+    gates_table,
     generate_table,
     gqa_losses,
     gqa_table,
@@ -75,6 +76,16 @@ SECTIONS = {
         "request. Every candidate's tokens equal those of the zeroed columns in float64. Above 1 is faster.",
         generate_plot,
         generate_table,
+    ),
+    "gates": Section(
+        "Learning and scoring heads",
+        "`joint`, `pipelined`: a step of training under differentiable subset pruning to half of the heads, with "
+        "trained and with frozen weights; dense: the same step without gates (with frozen weights a backward pass that "
+        "ends where that of the gates does, before the first output projection). `zeros`: hard-concrete gates, three "
+        "quarters of them 0, all weights trained. `sweep`: ablation scores of every head, without and with a loss; "
+        "dense: a forward of the same rows for each head.",
+        gates_plot,
+        gates_table,
     ),
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from .cases import KEPT_HEADS, AnyCase, Case, GenerateCase, GqaCase, RequestsCase, independent, rotated
+from .cases import KEPT_HEADS, AnyCase, Case, GatesCase, GenerateCase, GqaCase, RequestsCase, independent, rotated
 
 HIDDEN_SIZES = (384, 768)
 SHAPES = ((1, 1), (1, 16), (1, 128), (8, 128), (4, 512), (1, 2048))  # (batch, tokens)
@@ -105,6 +105,20 @@ GQA = tuple(
     )
 )
 GENERATE = tuple(GenerateCase(768, 12, batch, 256, 64) for batch in (1, 8))
+# The last "zeros" has a whole feed-forward, which gates do not touch; in the other two attention dominates.
+GATES = (
+    *(
+        GatesCase(hidden, layers, 4 * hidden, batch, tokens, label)
+        for hidden, layers, batch, tokens in ((384, 6, 16, 24), (384, 6, 8, 128), (768, 2, 16, 24))
+        for label in ("joint", "pipelined")
+    ),
+    *(
+        GatesCase(384, 2, feed_forward, batch, tokens, "zeros")
+        for feed_forward, batch, tokens in ((96, 4, 512), (96, 1, 2048), (1536, 1, 2048))
+    ),
+    GatesCase(384, 6, 1536, 4, 32, "sweep"),
+)
+QUICK_GATES = (*GATES[:2], GATES[6], GATES[-1])  # one of each label
 SUITES = {
     "block": Suite(BLOCK, short(BLOCK, 128), imports=True),
     "model": Suite(MODEL, short(MODEL, 128), imports=True),
@@ -115,6 +129,7 @@ SUITES = {
     "gqa": Suite(GQA, short(GQA, 512)),
     # a call takes seconds, and the machine's short disturbances average out within it
     "generate": Suite(GENERATE, tuple(replace(one, layers=2, tokens=32, new_tokens=8) for one in GENERATE), rounds=15),
+    "gates": Suite(GATES, tuple(replace(one, layers=2, batch=2, tokens=16) for one in QUICK_GATES), rounds=15),
 }
 # Together, one result file each.
-GROUPS = {"cpu": ("block", "model", "requests", "gqa", "generate")}
+GROUPS = {"cpu": ("block", "model", "requests", "gqa", "generate", "gates")}

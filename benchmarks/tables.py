@@ -155,3 +155,18 @@ def generate_table(cases: list[Case]) -> str:
     header = ["B x prompt + new", "candidate", "call ms", "ms per new token", "attention ms", "of it prompt ms"]
     header += ["of it decoding ms", "attention over dense [95 % interval]", "call over dense [95 % interval]"]
     return table([*header, "prompt attention over dense", "decoding attention over dense"], rows)
+
+
+def gates_table(cases: list[Case]) -> str:
+    """One row a case and candidate of ours: milliseconds of dense and of ours, and time over dense."""
+    rows = []
+    for case in cases:
+        for name in (each for each in (WARM, f"{WARM}_loss") if each in case["candidates"]):
+            time = estimate(1 / speed(case, name, ["dense"]))
+            rows.append(
+                [str(case["hidden"]), str(case["layers"]), str(case["feed_forward"]), shape_of(case), name]
+                + [f"{median(case, each) / 1000:.1f}" for each in ("dense", name)]
+                + [str(time), f"{1 / time.value:.2f}"]
+            )
+    header = ["E", "layers", "feed-forward", "B x T", "candidate", "dense ms", "ours ms"]
+    return table([*header, "time over dense [95 % interval]", "speed over dense"], rows)

@@ -14,12 +14,22 @@ import torch
 import typer
 
 from benchmarks import baselines, environment, figures, report, run
-from benchmarks.cases import KEPT_HEADS, AnyCase, Case, GenerateCase, GqaCase, RequestsCase, independent
-from benchmarks.gate import Oracle, Tokens, wrong_candidates
+from benchmarks.cases import (
+    KEPT_HEADS,
+    AnyCase,
+    Case,
+    GatesCase,
+    GenerateCase,
+    GqaCase,
+    RequestsCase,
+    independent,
+)
+from benchmarks.gate import Oracle, Oracles, Tokens, wrong_candidates
 from benchmarks.models import own_attention, random_bert
 from benchmarks.statistics import Estimate, estimate, geometric_mean, median_replicates
-from benchmarks.suites import GQA, GROUPS, SUITES, Suite, model_case
+from benchmarks.suites import GATES, GQA, GROUPS, SUITES, Suite, model_case
 from benchmarks.timing import Candidate, Stopwatch, interleave
+from sparse_heads.testing import items_run
 
 BLOCK = Case("block", 48, (5, 5), (KEPT_HEADS[3],))
 MODEL = model_case(48, (3, 7), (6, 1), "demo")
@@ -28,6 +38,7 @@ EQUAL = RequestsCase(48, 5, (KEPT_HEADS[6],) * 3, "equal")
 GROUPED = GqaCase(6, 2, 5, 7, ((3, 4, 5), (0, 4), ()), "groups")
 GENERATE = GenerateCase(48, 2, 3, 9, 6)
 ONE_SENTENCE = replace(GENERATE, batch=1)
+GATED = {label: GatesCase(48, 2, 24, 2, 5, label) for label in ("joint", "pipelined", "zeros", "sweep")}
 EVERY_KIND = {
     "block": BLOCK,
     "model with padding": MODEL,
@@ -36,6 +47,7 @@ EVERY_KIND = {
     "grouped queries": GROUPED,
     "generate": GENERATE,
     "generate, batch 1": ONE_SENTENCE,
+    **GATED,
 }
 TIMED = {
     "block": {"dense", "repacked", "ours", "ours_first", "set_heads"},
@@ -43,6 +55,7 @@ TIMED = {
     "requests": {"dense", "dense_fused", "mask_only", "reference", "alone", "alone_fused", "ours", "ours_first"},
     "gqa": {"ours", "all_on", "no_mask", "sdpa_gqa", "sdpa_repeated", "sliced", "alone"},
     "generate": {"dense", "mask_only", "repacked", "repacked_fused", "ours"},
+    "gates": {"dense", "ours"},
 }
 
 
@@ -90,6 +103,17 @@ def generate_result(ours: float, dense: float = 32.0) -> dict:
         times |= {name: 10 * value, f"{name}_attention": value}
         times |= {f"{name}_attention_prefill": value / 4, f"{name}_attention_decode": value * 3 / 4}
     return result_of(entry(ONE_SENTENCE, times))
+
+
+def gates_result(step: float = 10.5, zeros: float = 6.6, sweep: float = 6.0) -> dict:
+    """A case of each kind, dense 10 milliseconds."""
+    times = {"joint": step, "pipelined": step, "zeros": zeros, "sweep": sweep}
+    return result_of(
+        *(
+            entry(case, {"dense": 1e4, "ours": 1e3 * times[label]} | ({"ours_loss": 5e3} if label == "sweep" else {}))
+            for label, case in GATED.items()
+        )
+    )
 
 
 def test_drift_that_all_candidates_share_leaves_no_interval():
@@ -169,9 +193,11 @@ def test_every_candidate_gives_what_its_oracle_wants(kind: str):
         candidates, oracles = run.CANDIDATES_OF[case.level](case)
         assert wrong_candidates(candidates, oracles) == {}
         unmasked = next(one for one in candidates if one.expects == "all heads")
-        assert list(wrong_candidates([replace(unmasked, expects="kept heads")], oracles)) == [unmasked.name]
+        other = next(name for name in oracles if name != "all heads")
+        assert list(wrong_candidates([replace(unmasked, expects=other)], oracles)) == [unmasked.name]
     names = {one.name for one in candidates}
     assert names >= TIMED[case.level]
+    assert ("ours_loss" in names) == (kind == "sweep")
     assert ("ours_shared" in names) == (case is EQUAL) and ("ours_requests" in names) == (case is GENERATE)
 
 
@@ -181,6 +207,45 @@ def test_every_oracle_of_generate_wants_other_tokens():
     tokens = [oracle.tokens for oracle in oracles.values()]
     assert len(tokens) == 3 and tokens[0].shape == (3, 9 + 6)
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(tokens, 2))
+
+
+@pytest.mark.parametrize("label", ["joint", "pipelined", "zeros"])
+def test_steps_under_gates_are_checked_by_every_gradient_that_trains(label: str):
+    with torch.no_grad():
+        candidates, oracles = run.CANDIDATES_OF["gates"](GATED[label])
+        ours = candidates[1].call()
+    dense, gates = oracles["all heads"].parts, oracles["gates"].parts
+    assert gates.keys() - dense.keys() == {"importances"}
+    matrices = 0 if label == "pipelined" else 6 * 2  # of each layer: attention 4, feed-forward 2
+    assert len(dense) == 1 + matrices
+    assert (gates["output"].reference - dense["output"].reference).abs().max() > 0.1
+    for name in gates:
+        assert gates[name].reference.abs().max() > 0
+        with pytest.raises(AssertionError, match=f"^{name}: error"):
+            oracles["gates"].check(ours | {name: ours[name] + gates[name].reference.abs().max() / 100})
+
+
+def test_three_quarters_of_the_gates_are_zero_at_every_step():
+    with torch.no_grad():
+        ours = run.CANDIDATES_OF["gates"](GATED["zeros"])[0][1].call
+        for _ in range(20):
+            with items_run() as items:
+                found = ours()
+            assert items.out_projection == 2 * 6  # requests, heads of two layers
+    assert (found["importances"].abs() > 1e-30).sum() == 6  # the penalty reaches closed gates with 1e-40
+
+
+def test_steps_leave_weights_and_importances_as_they_are():
+    with torch.no_grad():
+        ours = run.CANDIDATES_OF["gates"](GATED["joint"])[0][1].call
+        method = ours.args[2].method
+        before, outputs = method.importances.clone(), [ours()["output"] for _ in range(2)]
+        steps = method.steps_done
+        method.steps_done = 0
+        again = ours()["output"]
+    assert steps == 2 and torch.equal(method.importances, before)
+    assert not torch.equal(*outputs)  # noise of their own
+    assert torch.equal(again, outputs[0])
 
 
 def test_attention_is_timed_inside_the_call():
@@ -204,6 +269,17 @@ def test_oracles_check_lists_as_one_tensor_and_name_the_first_other_token():
         tokens.check(torch.tensor([[1, 2, 3], [4, 5, 7]]))
     with pytest.raises(AssertionError, match=r"\[2, 2\], wanted \[2, 3\]"):
         tokens.check(tokens.tokens[:, :2])
+
+
+def test_oracles_of_several_outputs_name_the_wrong_one():
+    exact = {"one": torch.ones(2, dtype=torch.float64), "two": torch.ones(3, dtype=torch.float64)}
+    eager = {name: each.float() for name, each in exact.items()}
+    oracles = Oracles.of(exact, eager)
+    oracles.check(eager)
+    with pytest.raises(AssertionError, match="^two: error"):
+        oracles.check(eager | {"two": eager["two"] + 1})
+    with pytest.raises(AssertionError, match=r"outputs \['one'\], wanted \['one', 'two'\]"):
+        oracles.check({"one": eager["one"]})
 
 
 def test_copies_share_only_what_is_not_attention():
@@ -315,6 +391,15 @@ def test_limits_of_the_figures_for_grouped_queries_and_generate():
     assert verdicts(generate_result(ours=20.0)) == [True] and verdicts(generate_result(ours=20.1)) == [False]
 
 
+def test_limits_of_the_figures_for_gates():
+    assert verdicts(gates_result()) == [True] * 5  # joint, pipelined, zeros, sweep without and with a loss
+    assert verdicts(gates_result(step=10.6)) == [False, False, True, True, True]
+    assert verdicts(gates_result(zeros=6.7)) == [True, True, False, True, True]
+    assert verdicts(gates_result(sweep=6.1)) == [True, True, True, False, True]
+    whole = [case for case in GATES if case.label == "zeros" and case.feed_forward > case.hidden]
+    assert whole and verdicts(result_of(entry(whole[0], {"dense": 1.0, "ours": 1.0}))) == []
+
+
 def test_other_shapes_than_the_main_one_have_no_verdict():
     result = requests_result(ours=17.0)
     for case in result["cases"]:
@@ -351,8 +436,15 @@ def test_other_shapes_than_the_main_one_have_no_verdict():
                 "1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] | 1.00 | 1.00 |",
             ],
         ),
+        (
+            gates_result(zeros=5.0),
+            [
+                "| 48 | 2 | 24 | 2x5 zeros | ours | 10.0 | 5.0 | 0.500 [0.500, 0.500] | 2.00 |",
+                "| 48 | 2 | 24 | 2x5 sweep | ours_loss | 10.0 | 5.0 | 0.500 [0.500, 0.500] | 2.00 |",
+            ],
+        ),
     ],
-    ids=["requests", "gqa", "generate"],
+    ids=["requests", "gqa", "generate", "gates"],
 )
 def test_tables_say_what_the_samples_say(result: dict, rows: list[str], tmp_path):
     path = tmp_path / "tiny.json"
