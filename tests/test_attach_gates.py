@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from itertools import chain
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 import sparse_heads as sh
+from sparse_heads.errors import DetachedError, SparseHeadsWarning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Tests take gates off long before a schedule is over.
@@ -40,7 +42,7 @@ class TestExactlyK:
         assert gates.subset().count() == k
         train(model, gates, [batch], 3)
         assert gates.subset().count() == k
-        sample = gates.method.sample()
+        sample = gates.method.sample().detach()
         assert abs(float(sample.sum()) - k) < 1e-6
 
     @pytest.mark.parametrize("name, make", [("hard concrete", lambda k: config("hard concrete", k=k))])
@@ -228,6 +230,15 @@ class TestTraining:
         optimizer.step()
         assert torch.equal(gates.method.importances.detach(), start)
         assert not torch.equal(model.encoder.layer[0].attention.self.query.weight, before[QUERY])
+
+    def test_a_target_count_is_steered_to(self):
+        """By multipliers that the same optimizer drives up."""
+        model, gates, _, batch = gated("hard concrete", penalty=None, target=4, mode="pipelined", initial=2.0)
+        optimizer = torch.optim.Adam(gates.parameter_groups(gate_lr=0.1))
+        train(model, gates, [batch], 120, optimizer)
+        log_alpha = gates.method.importances.detach()
+        expected = (log_alpha - 0.33 * torch.tensor(0.1 / 1.1).log()).sigmoid().sum()
+        assert 3 < expected < 5
 
     def test_temperature_falls_geometrically_with_the_steps(self):
         _, gates, _, _ = gated("gumbel", anneal_steps=4, start_temperature=16.0, end_temperature=1.0)
@@ -426,6 +437,16 @@ class TestTheModelStays:
         handle.set_heads(None)
         assert handle.subset is None
 
+    @pytest.mark.parametrize("mode", ["joint", "pipelined"])
+    def test_detaching_the_handle_takes_the_gates_off(self, mode):
+        """Or training would go on without them, and nobody would know."""
+        model, gates, plain, batch = gated("gumbel", mode=mode)
+        gates.handle.detach()
+        assert torch.equal(output(model, batch), output(plain, batch))
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        with pytest.raises(DetachedError, match="gates: detached"):
+            gates.step()
+
     def test_gates_after_gates(self):
         model, gates, plain, batch = gated("gumbel")
         gates.detach()
@@ -451,6 +472,18 @@ class TestTheModelStays:
         assert torch.equal(output(copied.eval(), batch), settled)
         gates.detach()
         assert torch.equal(output(copied, batch), settled)
+
+    def test_pickled_models_keep_gates_of_their_own(self):
+        model, gates, _, batch = gated("gumbel", mode="pipelined")
+        loaded = pickle.loads(pickle.dumps(model))
+        own = sh.get_handle(loaded).gates
+        assert own is not gates and torch.equal(output(loaded, batch), output(model, batch))
+        set_importances(own, UNEQUAL)
+        assert gates.steps_done == 0 and not torch.equal(gates.method.importances, own.method.importances)
+        with pytest.warns(SparseHeadsWarning, match="schedule"):
+            own.detach()
+        assert all(parameter.requires_grad for parameter in loaded.parameters())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
 
     def test_score_heads_while_gates_are_on(self):
         """It scores with all heads on, so gates have no part in it."""

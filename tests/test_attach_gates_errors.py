@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from gated_models import METHODS, NOISY, config, gated, set_importances, train
-from models import build, inputs, loss, output
+from models import build, enable_checkpointing, inputs, loss, output
 
 import sparse_heads as sh
 from sparse_heads.errors import DetachedError, SparseHeadsError, SparseHeadsWarning
@@ -165,7 +165,7 @@ class TestUse:
     def test_detached_before_a_recomputation(self):
         """A recomputed layer must not run without the gates of its forward."""
         model, gates, _, batch = gated("gumbel", "bert_classifier")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
         value = loss(output(model, batch))
         gates.detach()
         with pytest.raises(DetachedError, match="detached before the backward pass"):

@@ -23,12 +23,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SEEDS = range(10)
 
 
-def dsp(constructed, k, seed, steps=50):
+def dsp(constructed, k, seed, steps=30):
     config = sh.DSPConfig(k, mode="pipelined", anneal_steps=steps, gate_lr=0.5, seed=seed)
     return kept_heads(train_gates(constructed, config, steps).subset())
 
 
-def l0(constructed, seed, steps=50):
+def l0(constructed, seed, steps=40):
     """The penalty of a head lies between what the heads of a signal are worth and what all others are."""
     config = sh.HardConcreteConfig(
         penalty=0.03, temperature=2 / 3, initial=2.0, initial_std=1.0, mode="pipelined", gate_lr=0.4, seed=seed
