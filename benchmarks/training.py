@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import sparse_heads as sh
-from sparse_heads.demo.baselines import MultiplyInput
 from sparse_heads.gates.config import GateConfig
 from sparse_heads.gates.method import GateMethod
 from sparse_heads.pruning.batches import Loss
@@ -106,6 +105,11 @@ def train_step(
     return found
 
 
+def multiply_heads(gates: Tensor, module: nn.Module, arguments: tuple[Tensor]) -> Tensor:
+    """Forward pre-hook: the module's input [B, T, H*D], each head's part times its gate, `gates` [H]."""
+    return (arguments[0].unflatten(-1, (len(gates), -1)) * gates.unsqueeze(-1)).flatten(-2)
+
+
 @torch.enable_grad()
 def multiplied(case: GatesCase, dtype: torch.dtype) -> Gradients:
     """The first step under gates, each multiplied with its head's output in the dense model."""
@@ -113,8 +117,7 @@ def multiplied(case: GatesCase, dtype: torch.dtype) -> Gradients:
     layer_of = torch.arange(case.layers).repeat_interleave(NUM_HEADS)
     method = close_gates(case, config_of(case).build(layer_of))
     for layer, gates in zip(model.encoder.layer, method.sample().to(dtype).view(case.layers, NUM_HEADS), strict=True):
-        scale = gates.repeat_interleave(case.hidden // NUM_HEADS)
-        layer.attention.output.dense.register_forward_pre_hook(MultiplyInput(scale))
+        layer.attention.output.dense.register_forward_pre_hook(partial(multiply_heads, gates))
     return gradients(model, *typed(case, dtype), method)
 
 
