@@ -24,9 +24,9 @@ def learned_scores(encoder: Encoder, sentences: Sequence[str], kept: int, steps:
     """Train gates for `kept` heads so that embeddings keep their direction; the ranking that they end with.
 
     Li et al.'s pipelined mode (arXiv 2108.04657): the weights stay, one importance a head learns, and the temperature
-    falls over two thirds of the steps, as in the published runs on BERT.
+    falls as in the published runs on BERT.
     """
-    config = DSPConfig(k=kept, mode="pipelined", anneal_steps=max(1, 2 * steps // 3), seed=seed)
+    config = DSPConfig(k=kept, mode="pipelined", anneal_steps=steps, seed=seed)
     batches = with_targets(encoder, sentences)
     gates = attach_gates(encoder.model, config)
     try:
