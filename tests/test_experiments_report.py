@@ -67,7 +67,7 @@ def fill(
 
 
 def test_a_claim_that_holds(tmp_path: Path):
-    text = fill(Store(tmp_path / "tiny"), {"DSP": 0.9, "random": 0.5, "magnitude": 0.7})
+    text = fill(Store(tmp_path / "tiny"), {"DSP": 0.9, "random": 0.5, "magnitude": 0.7, "L0": 0.4})
     assert "The best other by the development split is magnitude: difference +0.2000 [+0.2000, +0.2000]" in text
     assert "ahead in 5 of 5 seeds. The claim holds." in text
     assert "Behind (0 of 2 comparisons): none. Even (0 of 2 comparisons): none." in text
@@ -81,8 +81,13 @@ def test_a_claim_names_the_rivals_that_have_not_run(tmp_path: Path):
     assert "Not all rivals" not in fill(Store(tmp_path / "tiny"), {"magnitude": 0.7, "L0": 0.5})
 
 
+def test_an_unfinished_run_decides_nothing(tmp_path: Path):
+    text = fill(Store(tmp_path / "tiny"), {"DSP": 0.9, "random": 0.5, "magnitude": 0.7, "L0": 0.4}, seeds=1)
+    assert "The claim is not decided before all cells have run." in text and "holds" not in text
+
+
 def test_a_claim_that_fails_is_said_to_fail(tmp_path: Path):
-    text = fill(Store(tmp_path / "tiny"), {"DSP": 0.6, "random": 0.5, "magnitude": 0.7})
+    text = fill(Store(tmp_path / "tiny"), {"DSP": 0.6, "random": 0.5, "magnitude": 0.7, "L0": 0.4})
     assert "The claim fails: it is behind." in text
     assert "Behind (1 of 2 comparisons): magnitude at 3 (test)." in text
 

@@ -61,11 +61,14 @@ def claim_text(study: Study, contents: Sequence[dict[str, Any]], lines: Sequence
     ours, other = found
     difference = difference_of(ours, other, claim.test, metric)
     wanted = len(study.table(claim.table).seeds)
+    missing = unfinished(study, contents)
     if difference.seeds < wanted:
         said += f"**Unfinished: {difference.seeds} of {wanted} seeds.** "
-    if missing := unfinished(study, contents):
+    if missing:
         said += f"**Not all rivals are there yet: {', '.join(missing)}.** "
     verdict = "holds" if difference.low > 0 else "fails: it is behind" if difference.high < 0 else "is not shown"
+    if missing or difference.seeds < wanted:
+        verdict = "is not decided before all cells have run"
     said += f"The best other by the development split is {other.label}: difference {difference}, "
     return said + f"p {difference.p:.2g}, ahead in {difference.ahead} of {difference.seeds} seeds. The claim {verdict}."
 
