@@ -29,7 +29,7 @@ class HeadSubset:
     """
 
     def __init__(self, mask: torch.Tensor, layers: Layers) -> None:
-        _check_layers(layers)
+        check_layers(layers)
         if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
             raise invalid_type("mask", "a bool tensor", describe(mask))
         rows, heads = len(layers), layers.max_heads
@@ -46,7 +46,7 @@ class HeadSubset:
         Raises InvalidTypeError or InvalidArgumentError for an unknown or repeated layer, and for heads that are
         repeated, out of range or no ints.
         """
-        _check_layers(layers)
+        check_layers(layers)
         if not isinstance(kept, Mapping):
             raise invalid_type("kept", "a dict {row or name of a layer: kept heads}", describe(kept))
         mask = layers.real_heads()
@@ -133,7 +133,7 @@ class HeadSubset:
 
         Model type, layer keys (stack, index, kind) and head counts must agree; names and order may differ.
         """
-        _check_layers(layers)
+        check_layers(layers)
         difference = self._layers.difference(layers)
         if difference is not None:
             raise SubsetMismatchError(f"subset: wanted one for this model, got another model's: {difference}")
@@ -187,7 +187,46 @@ class HeadSubset:
         return self._mask[..., row, : info.num_heads].unflatten(-1, (info.num_kv_heads, info.group_size))
 
 
-class HeadScores:
+class LayerTensor:
+    """A float tensor [L, ...] whose rows are a model's layers. An immutable value: tensors are copied in and out."""
+
+    def __init__(self, tensor: torch.Tensor, layers: Layers) -> None:
+        self._tensor = tensor
+        self._layers = layers
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """float32 or float64, a copy on the CPU."""
+        return self._tensor.clone()
+
+    @property
+    def layers(self) -> Layers:
+        return self._layers
+
+    @staticmethod
+    def _checked(tensor: object, layers: object, *width: int) -> torch.Tensor:
+        """`tensor` on the CPU, float64 as it is and everything else as float32, if it is floating [L, H, *width]."""
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise invalid_type("tensor", "a float tensor", describe(tensor))
+        shape = [len(layers), layers.max_heads, *width]
+        if list(tensor.shape) != shape:
+            raise invalid("tensor", f"shape {shape}", tensor)
+        return tensor.detach().to("cpu", torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        same_dtype = self._tensor.dtype == other._tensor.dtype
+        return same_dtype and self._layers == other._layers and torch.equal(self._tensor, other._tensor)
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        dtype = str(self._tensor.dtype).removeprefix("torch.")
+        return f"{type(self).__name__}({self._layers.num_heads} heads, {len(self._layers)} layers, {dtype})"
+
+
+class HeadScores(LayerTensor):
     """One number a head for a whole model, larger for heads that should stay. An immutable value.
 
     tensor: float [L, H] on any device (kept on the CPU, float64 as it is and everything else as float32); infinities
@@ -196,27 +235,12 @@ class HeadScores:
     """
 
     def __init__(self, tensor: torch.Tensor, layers: Layers) -> None:
-        _check_layers(layers)
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise invalid_type("tensor", "a float tensor", describe(tensor))
-        if tensor.shape != (len(layers), layers.max_heads):
-            raise invalid("tensor", f"shape [{len(layers)}, {layers.max_heads}]", tensor)
-        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        scores = tensor.detach().to("cpu", dtype).masked_fill(~layers.real_heads(), -math.inf).contiguous()
+        check_layers(layers)
+        scores = self._checked(tensor, layers).masked_fill(~layers.real_heads(), -math.inf).contiguous()
         if scores.isnan().any():
             row, head = scores.isnan().nonzero()[0].tolist()
             raise invalid("tensor", "no NaN", f"one for head {head} of layer {layers[row].name!r}")
-        self._tensor = scores
-        self._layers = layers
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """float32 or float64 [L, H], a copy on the CPU, -inf in the padding."""
-        return self._tensor.clone()
-
-    @property
-    def layers(self) -> Layers:
-        return self._layers
+        super().__init__(scores, layers)
 
     def top(
         self,
@@ -270,20 +294,9 @@ class HeadScores:
         """Read what `save_pretrained` wrote; sources and errors as for `HeadSubset.from_pretrained`."""
         return load_files(directory, SCORES, cls)
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, HeadScores):
-            return NotImplemented
-        same_dtype = self._tensor.dtype == other._tensor.dtype
-        return same_dtype and self._layers == other._layers and torch.equal(self._tensor, other._tensor)
 
-    __hash__ = None
-
-    def __repr__(self) -> str:
-        dtype = str(self._tensor.dtype).removeprefix("torch.")
-        return f"HeadScores({self._layers.num_heads} heads, {len(self._layers)} layers, {dtype})"
-
-
-def _check_layers(layers: object) -> None:
+def check_layers(layers: object) -> None:
+    """Raise InvalidTypeError for what is no Layers."""
     if not isinstance(layers, Layers):
         raise invalid_type("layers", "a Layers (handle.layers is one)", describe(layers))
 

@@ -7,11 +7,12 @@ import os
 import torch
 
 from ._files import MEANS, load_files, save_files
-from .errors import SubsetMismatchError, describe, invalid, invalid_type
+from .errors import SubsetMismatchError, invalid
+from .heads import LayerTensor, check_layers
 from .layers import Layers
 
 
-class HeadMeans:
+class HeadMeans(LayerTensor):
     """The mean output of each head, before the output projection, for a whole model. An immutable value.
 
     tensor: float [L, H, Dv] on any device (kept on the CPU, float64 as it is and everything else as float32), Dv the
@@ -21,31 +22,15 @@ class HeadMeans:
     """
 
     def __init__(self, tensor: torch.Tensor, layers: Layers) -> None:
-        if not isinstance(layers, Layers):
-            raise invalid_type("layers", "a Layers (handle.layers is one)", describe(layers))
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise invalid_type("tensor", "a float tensor", describe(tensor))
-        shape = (len(layers), layers.max_heads, max(info.v_head_dim for info in layers))
-        if tensor.shape != shape:
-            raise invalid("tensor", f"shape {list(shape)}", tensor)
-        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        check_layers(layers)
         widths = torch.tensor([info.v_head_dim for info in layers], device="cpu")
-        real = layers.real_heads()[:, :, None] & (torch.arange(shape[2], device="cpu") < widths[:, None, None])
-        means = tensor.detach().to("cpu", dtype).masked_fill(~real, 0.0).contiguous()
+        means = self._checked(tensor, layers, int(widths.max()))
+        real = layers.real_heads()[:, :, None] & (torch.arange(means.shape[2], device="cpu") < widths[:, None, None])
+        means = means.masked_fill(~real, 0.0).contiguous()
         if not means.isfinite().all():
             row, head, _ = (~means.isfinite()).nonzero()[0].tolist()
             raise invalid("tensor", "finite values", f"others for head {head} of layer {layers[row].name!r}")
-        self._tensor = means
-        self._layers = layers
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """float32 or float64 [L, H, Dv], a copy on the CPU, 0 in the padding."""
-        return self._tensor.clone()
-
-    @property
-    def layers(self) -> Layers:
-        return self._layers
+        super().__init__(means, layers)
 
     def remap(self, layers: Layers) -> HeadMeans:
         """The means with their rows in the order of `layers`.
@@ -75,15 +60,3 @@ class HeadMeans:
     def from_pretrained(cls, directory: str | os.PathLike) -> HeadMeans:
         """Read what `save_pretrained` wrote; sources and errors as for `HeadSubset.from_pretrained`."""
         return load_files(directory, MEANS, cls)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, HeadMeans):
-            return NotImplemented
-        same_dtype = self._tensor.dtype == other._tensor.dtype
-        return same_dtype and self._layers == other._layers and torch.equal(self._tensor, other._tensor)
-
-    __hash__ = None
-
-    def __repr__(self) -> str:
-        dtype = str(self._tensor.dtype).removeprefix("torch.")
-        return f"HeadMeans({self._layers.num_heads} heads, {len(self._layers)} layers, {dtype})"

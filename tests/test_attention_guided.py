@@ -263,3 +263,12 @@ def test_batches_of_special_tokens_alone():
     model = build("bert")
     with pytest.raises(UnsupportedError, match="padding and special tokens not counted"):
         sh.score_heads(model, [{"input_ids": torch.full((2, 4), 9)}], "entropy", special_tokens=[9])
+
+
+def test_a_head_without_statistics_is_not_scored_in_silence():
+    model = build("bert")
+    with torch.no_grad():
+        model.encoder.layer[-1].attention.self.query.weight[:8] = torch.nan
+    last = sh.attach(model).layers[-1]
+    with pytest.raises(UnsupportedError, match=f"wanted a number .*, got nan for head 0 of layer {last.name}"):
+        sh.score_heads(model, batches_of(model), "attention_guided")

@@ -273,7 +273,6 @@ def test_no_number_or_date_is_in_two_splits_in_either_direction():
 @pytest.mark.parametrize("study", [nli, dates], ids=["nli", "dates"])
 def test_a_smoke_context(study, tmp_path, monkeypatch):
     monkeypatch.setattr(base_models, "cache_directory", lambda: tmp_path)
-    study.base_model.cache_clear()
     context = study.STUDY.prepare(0, True)
     values = study.STUDY.primary, study.STUDY.claim
     metrics = context.evaluate(context.model, context.development)
@@ -281,7 +280,6 @@ def test_a_smoke_context(study, tmp_path, monkeypatch):
     examples = sum(len(batch["labels"]) for batch in context.development)
     assert {len(metric) for metric in metrics.values()} == {examples}
     before = {path: tensor.clone() for path, tensor in context.model.state_dict().items()}
-    study.base_model.cache_clear()
     again = study.STUDY.prepare(1, True)
     for path, tensor in again.model.state_dict().items():
         assert torch.equal(tensor, before[path]), "the model of the second call comes from the cache"
@@ -297,7 +295,6 @@ def test_a_smoke_context(study, tmp_path, monkeypatch):
         fewer = context.evaluate(context.model, context.development)
     assert fewer["log-probability"] != metrics["log-probability"]
     handle.detach()
-    study.base_model.cache_clear()
 
 
 def test_greedy_decoding_is_judged_by_whole_targets():

@@ -17,7 +17,6 @@ from sparse_heads.errors import (
     SparseHeadsWarning,
     UnsupportedError,
 )
-from sparse_heads.ops.projection import api
 
 X, WEIGHT, BIAS = torch.ones(2, 3, 5), torch.ones(8, 5), torch.ones(8)
 HEADS, OUT_WEIGHT, OUT_BIAS = torch.ones(2, 4, 3, 2), torch.ones(5, 8), torch.ones(5)
@@ -196,7 +195,7 @@ def test_the_cpu_kernels_take_tensors_on_the_cpu():
 @pytest.fixture
 def no_extension(monkeypatch):
     monkeypatch.setattr(_native, "_outcome", _native._Outcome(None, "no C++ compiler: tried nothing"))
-    monkeypatch.setattr(api, "_warned", False)
+    monkeypatch.setattr(_native, "_warned", set())
 
 
 def test_without_the_extension_cpu_raises_with_the_reason(no_extension, calls):

@@ -5,10 +5,7 @@ One budget counts all three kinds of heads: of the encoder, of the decoder, and 
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from itertools import islice
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,44 +13,19 @@ from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
 
 from . import written_numbers
-from .base_models import Training, trained_model, weights_digest
+from .base_models import Training
+from .generated import Generated
 from .plans import frozen_table, labelled_scores, smoke_table, trained_table
-from .study import FROZEN, Batch, Claim, Context, Metrics, Sealed, Study
-from .words import END, PAD, SPECIAL, START, Vocabulary, different, in_batches, padded
+from .study import FROZEN, Batch, Claim, Metrics, Study
+from .words import END, PAD, START, Vocabulary, padded
 
 VOCABULARY = Vocabulary(written_numbers.all_pieces())
 LONGEST = 16  # pieces of a target, and a few more
 IGNORED = -100  # label of padding
-BATCH_SIZE, BASE_BATCH_SIZE = 32, 64
-BASE_SEED, DEVELOPMENT_SEED, TEST_SEED = 10_000, 10_001, 10_002  # no study runs that many seeds
-HELD_OUT = 1024
-BASE, SMOKE_BASE = Training(steps=1200, learning_rate=2e-3), Training(steps=20)
 
 
-def prepare(seed: int, smoke: bool) -> Context:
-    """One seed: other pairs to train and calibrate on; the model and the held-out pairs stay."""
-    batches, count = (8, 32) if smoke else (400, HELD_OUT)
-    train = list(islice(batches_of("train", seed, BATCH_SIZE), batches))
-    return Context(
-        model=base_model(smoke),
-        train=train,
-        calibration=random.Random(seed).sample(train, min(8, len(train))),
-        loss=loss,
-        score_loss=loss,
-        evaluate=exact_match,
-        development=held_out("development", DEVELOPMENT_SEED, count),
-        tests=Sealed({"test": held_out("test", TEST_SEED, count)}),
-        special_tokens=range(len(SPECIAL)),
-        facts={
-            "weights": f"trained from scratch, {weights_digest(base_model(smoke))}",
-            "training steps": (SMOKE_BASE if smoke else BASE).steps,
-        },
-    )
-
-
-@lru_cache(maxsize=2)
-def base_model(smoke: bool = False) -> BartForConditionalGeneration:
-    """The dense translator: 3 layers of the encoder and 3 of the decoder, 4 heads for each of the 9 attentions."""
+def fresh() -> BartForConditionalGeneration:
+    """An untrained translator: 3 layers of the encoder and 3 of the decoder, 4 heads for each of the 9 attentions."""
     config = BartConfig(
         vocab_size=len(VOCABULARY),
         d_model=64,
@@ -71,22 +43,7 @@ def base_model(smoke: bool = False) -> BartForConditionalGeneration:
         decoder_start_token_id=START,
         forced_eos_token_id=None,
     )
-    return trained_model(
-        "dates",
-        lambda: BartForConditionalGeneration(config),
-        lambda: batches_of("train", BASE_SEED, BASE_BATCH_SIZE),
-        SMOKE_BASE if smoke else BASE,
-    )
-
-
-def batches_of(split: str, seed: int, size: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of a split without end."""
-    return map(as_batch, in_batches(written_numbers.pairs(split, seed), size))
-
-
-def held_out(split: str, seed: int, count: int) -> list[dict[str, Tensor]]:
-    """Batches of the first `count` different pairs of a split."""
-    return list(map(as_batch, in_batches(different(written_numbers.pairs(split, seed), count), 256)))
+    return BartForConditionalGeneration(config)
 
 
 def as_batch(pairs: Sequence[written_numbers.Pair]) -> dict[str, Tensor]:
@@ -123,6 +80,18 @@ def exact_match(model: nn.Module, batches: Sequence[Batch]) -> Metrics:
     return {"exact match": right, "log-probability": log_probability}
 
 
+TASK = Generated(
+    name="dates",
+    pairs=written_numbers.pairs,
+    as_batch=as_batch,
+    fresh=fresh,
+    base=Training(steps=1200, learning_rate=2e-3),
+    loss=loss,
+    evaluate=exact_match,
+    held_out=1024,
+    smoke_held_out=32,
+)
+
 # A quarter and a half of the 36 heads first; an eighth and three quarters with the hyperparameters of their neighbours.
 SCORES = labelled_scores(step=3)
 TABLES = (
@@ -132,7 +101,7 @@ TABLES = (
 STUDY = Study(
     name="dates",
     title="Numbers and dates between English and German: exact matches of an encoder-decoder with 36 heads of 3 kinds",
-    prepare=prepare,
+    prepare=TASK.prepare,
     primary="exact match",
     tests=("test",),
     tables=TABLES,

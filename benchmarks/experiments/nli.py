@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from itertools import islice
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,43 +10,18 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from . import nli_sentences
-from .base_models import Training, trained_model, weights_digest
+from .base_models import Training
+from .generated import Generated
 from .nli_semantics import LABELS
 from .plans import frozen_table, labelled_scores, smoke_table, trained_table
-from .study import FROZEN, Batch, Claim, Context, Metrics, Sealed, Study
-from .words import END, SPECIAL, START, Vocabulary, different, in_batches, padded
+from .study import FROZEN, Batch, Claim, Metrics, Study
+from .words import END, START, Vocabulary, padded
 
 VOCABULARY = Vocabulary(nli_sentences.all_words())
-BATCH_SIZE, BASE_BATCH_SIZE = 32, 64
-BASE_SEED, DEVELOPMENT_SEED, TEST_SEED = 10_000, 10_001, 10_002  # no study runs that many seeds
-HELD_OUT = 2048
-BASE, SMOKE_BASE = Training(steps=4000), Training(steps=20)
 
 
-def prepare(seed: int, smoke: bool) -> Context:
-    """One seed: other pairs to train and calibrate on; the model and the held-out pairs stay."""
-    batches, count = (8, 64) if smoke else (400, HELD_OUT)
-    train = list(islice(batches_of("train", seed, BATCH_SIZE), batches))
-    return Context(
-        model=base_model(smoke),
-        train=train,
-        calibration=random.Random(seed).sample(train, min(8, len(train))),
-        loss=loss,
-        score_loss=loss,
-        evaluate=accuracy,
-        development=held_out("development", DEVELOPMENT_SEED, count),
-        tests=Sealed({"test": held_out("test", TEST_SEED, count)}),
-        special_tokens=range(len(SPECIAL)),
-        facts={
-            "weights": f"trained from scratch, {weights_digest(base_model(smoke))}",
-            "training steps": (SMOKE_BASE if smoke else BASE).steps,
-        },
-    )
-
-
-@lru_cache(maxsize=2)
-def base_model(smoke: bool = False) -> BertForSequenceClassification:
-    """The dense classifier: 4 layers of 8 heads."""
+def fresh() -> BertForSequenceClassification:
+    """An untrained classifier: 4 layers of 8 heads."""
     config = BertConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=96,
@@ -62,22 +34,7 @@ def base_model(smoke: bool = False) -> BertForSequenceClassification:
         pad_token_id=0,
         id2label=dict(enumerate(LABELS)),
     )
-    return trained_model(
-        "nli",
-        lambda: BertForSequenceClassification(config),
-        lambda: batches_of("train", BASE_SEED, BASE_BATCH_SIZE),
-        SMOKE_BASE if smoke else BASE,
-    )
-
-
-def batches_of(split: str, seed: int, size: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of a split without end."""
-    return map(as_batch, in_batches(nli_sentences.pairs(split, seed), size))
-
-
-def held_out(split: str, seed: int, count: int) -> list[dict[str, Tensor]]:
-    """Batches of the first `count` different pairs of a split."""
-    return list(map(as_batch, in_batches(different(nli_sentences.pairs(split, seed), count), 256)))
+    return BertForSequenceClassification(config)
 
 
 def as_batch(pairs: Sequence[nli_sentences.Pair]) -> dict[str, Tensor]:
@@ -109,6 +66,18 @@ def accuracy(model: nn.Module, batches: Sequence[Batch]) -> Metrics:
     }
 
 
+TASK = Generated(
+    name="nli",
+    pairs=nli_sentences.pairs,
+    as_batch=as_batch,
+    fresh=fresh,
+    base=Training(steps=4000),
+    loss=loss,
+    evaluate=accuracy,
+    held_out=2048,
+    smoke_held_out=64,
+)
+
 # A quarter and a half of the 32 heads first; an eighth and three quarters with the hyperparameters of their neighbours.
 SCORES = labelled_scores(step=4)
 TABLES = (
@@ -118,7 +87,7 @@ TABLES = (
 STUDY = Study(
     name="nli",
     title="Entailment of quantified sentences: accuracy of a small BERT with 32 heads",
-    prepare=prepare,
+    prepare=TASK.prepare,
     primary="accuracy",
     tests=("test",),
     tables=TABLES,

@@ -96,6 +96,13 @@ def attention_guided(
     names = ("entropy", "sparsity", distribution)
     terms = _measure("attention_guided", names, handle, batches, special_tokens, similarity)
     real = handle.layers.real_heads()
+    for name, term in zip(names, terms, strict=True):
+        if not term[real].isfinite().all():
+            row, head = (~term.isfinite() & real).nonzero()[0].tolist()
+            raise UnsupportedError(
+                f"model: wanted a number as the {name} of every head, got {term[row, head].item()} for head {head} of "
+                f"layer {handle.layers[row].name}"
+            )
     normalise = _min_max if normalisation == "minmax" else _ranks
     scores = torch.zeros(real.shape, dtype=torch.float64)
     for number, term in zip(numbers, terms, strict=True):

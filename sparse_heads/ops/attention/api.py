@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
 from ... import _native
 from ..._attention_arguments import check_score_arguments, visible_span, without_autocast
-from ...errors import BackendUnavailableError, SparseHeadsWarning, UnsupportedError
+from ...errors import BackendUnavailableError, UnsupportedError
 from .cpu import attention_cpu
 from .reference import attention_reference
 from .sdpa import attention_sdpa
@@ -170,7 +168,7 @@ def _choose(
         if _native.available():
             return "cpu"
         if beyond_sdpa:
-            _warn_reference()
+            _native.warn_of_reference("attention runs", stacklevel=4)
     return "reference" if beyond_sdpa else "sdpa"
 
 
@@ -180,17 +178,3 @@ def _kernel_is_faster(query: torch.Tensor) -> bool:
     In float64 and without AVX-512 the kernel is the compiler's plain code, and SDPA's matrix products win.
     """
     return query.dtype != torch.float64 and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-
-
-_warned = False
-
-
-def _warn_reference() -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(
-            f"attention runs the reference: the C++ extension is not available: {_native.why_unavailable()}",
-            SparseHeadsWarning,
-            stacklevel=5,
-        )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ... import _native
-from ...errors import BackendUnavailableError, SparseHeadsWarning, UnsupportedError, invalid
+from ...errors import BackendUnavailableError, UnsupportedError, invalid
 from . import cpu, reference
 from .validation import (
     as_sequence,
@@ -182,7 +181,7 @@ def choose(backend: str, x: Tensor) -> ModuleType:
             return reference
         if _native.available():
             return cpu
-        _warn_reference()
+        _native.warn_of_reference("the projections run", stacklevel=3)
         return reference
     check_backend(backend)
     if not on_cpu:
@@ -194,17 +193,3 @@ def choose(backend: str, x: Tensor) -> ModuleType:
             "backend: 'cpu' runs neither inside torch.func transforms nor in forward mode; use 'auto' or 'reference'"
         )
     return cpu
-
-
-_warned = False
-
-
-def _warn_reference() -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(
-            f"the projections run the reference: the C++ extension is not available: {_native.why_unavailable()}",
-            SparseHeadsWarning,
-            stacklevel=4,
-        )

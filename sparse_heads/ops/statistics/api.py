@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import _native
-from ..._attention_arguments import (
-    check_head_mask,
-    check_query_and_key,
-    check_score_arguments,
-    visible_span,
-    without_autocast,
-)
-from ...errors import BackendUnavailableError, SparseHeadsWarning
+from ..._attention_arguments import visible_span, without_autocast
+from ...errors import BackendUnavailableError
 from .cpu import statistics_cpu
 from .reference import statistics_reference
-from .validation import check_backend, check_key_groups, check_query_mask
+from .validation import check_arguments, check_backend, check_key_groups
 
 
 class AttentionStatistics(NamedTuple):
@@ -89,10 +82,7 @@ def attention_statistics(
     Sources: Clark et al. 2019 (entropy; previous, own and next token), Hoyer 2004 (sparsity), Voita et al. 2019
     (confidence).
     """
-    check_query_and_key(query, key)
-    check_head_mask(query, head_mask)
-    check_score_arguments(query, key.shape[2], attn_mask, is_causal, scale, softcap, window)
-    check_query_mask(query, query_mask)
+    check_arguments(query, key, head_mask, attn_mask, is_causal, scale, softcap, window, query_mask)
     check_key_groups(query, key.shape[2], key_groups, num_groups)
     check_backend(backend)
     if num_groups is None:
@@ -136,19 +126,5 @@ def _choose(backend: str, query: Tensor) -> str:
         return "reference"
     if _native.available():
         return "cpu"
-    _warn_reference()
+    _native.warn_of_reference("attention_statistics runs", stacklevel=3)
     return "reference"
-
-
-_warned = False
-
-
-def _warn_reference() -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(
-            f"attention_statistics runs the reference: the C++ extension is not available: {_native.why_unavailable()}",
-            SparseHeadsWarning,
-            stacklevel=4,
-        )

@@ -7,15 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..._attention_arguments import (
-    check_head_mask,
-    check_query_and_key,
-    check_score_arguments,
-    visible_span,
-    without_autocast,
-)
+from ..._attention_arguments import visible_span, without_autocast
 from .probabilities import probability_rows
-from .validation import check_query_mask
+from .validation import check_arguments
 
 
 def head_similarity(
@@ -42,10 +36,7 @@ def head_similarity(
     Raises:
         InvalidTypeError, InvalidArgumentError: as `attention_statistics`.
     """
-    check_query_and_key(query, key)
-    check_head_mask(query, head_mask)
-    check_score_arguments(query, key.shape[2], attn_mask, is_causal, scale, softcap, window)
-    check_query_mask(query, query_mask)
+    check_arguments(query, key, head_mask, attn_mask, is_causal, scale, softcap, window, query_mask)
     batch, heads = query.shape[:2]
     sums = torch.zeros(batch, heads, heads, dtype=torch.float64, device=query.device)
     counts = torch.zeros_like(sums)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..._attention_arguments import check_placed
+from ..._attention_arguments import check_head_mask, check_placed, check_query_and_key, check_score_arguments
 from ...errors import BackendUnavailableError, invalid, invalid_type
 
 BACKENDS = ("auto", "reference", "cpu")
@@ -20,7 +20,25 @@ def check_backend(backend: object) -> None:
         raise invalid("backend", wanted, backend)
 
 
-def check_query_mask(query: torch.Tensor, query_mask: object) -> None:
+def check_arguments(
+    query: object,
+    key: object,
+    head_mask: object,
+    attn_mask: object,
+    is_causal: object,
+    scale: object,
+    softcap: object,
+    window: object,
+    query_mask: object,
+) -> None:
+    """What `attention_statistics` and `head_similarity` both take."""
+    check_query_and_key(query, key)
+    check_head_mask(query, head_mask)
+    check_score_arguments(query, key.shape[2], attn_mask, is_causal, scale, softcap, window)
+    _check_query_mask(query, query_mask)
+
+
+def _check_query_mask(query: torch.Tensor, query_mask: object) -> None:
     """bool [B, T], or None."""
     if query_mask is None:
         return
