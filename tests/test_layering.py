@@ -23,6 +23,7 @@ LEVELS = {
     "sparse_heads._files": 1,
     "sparse_heads._native": 1,
     "sparse_heads._ranking": 1,
+    "sparse_heads._triton": 1,
     "sparse_heads.heads": 1,
     "sparse_heads.layers": 1,
     "sparse_heads.means": 1,
