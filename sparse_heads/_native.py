@@ -15,7 +15,6 @@ import os
 import shutil
 import tempfile
 import threading
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from ._build import BuildError, build_key, build_library, find_compiler, source_digest
-from .errors import BackendUnavailableError, SparseHeadsWarning
+from .errors import BackendUnavailableError
 
 PACKAGE_DIRECTORY = Path(__file__).parent
 # An installed package carries csrc inside, a checkout beside.
@@ -42,7 +41,6 @@ class _Outcome(NamedTuple):
 
 _outcome: _Outcome | None = None
 _once = threading.Lock()
-_warned: set[str] = set()  # of what was warned already
 
 
 def load() -> None:
@@ -55,14 +53,6 @@ def load() -> None:
 def available() -> bool:
     """Whether the extension is loaded; the first call finds or builds it."""
     return why_unavailable() is None
-
-
-def warn_of_reference(what: str, stacklevel: int) -> None:
-    """Warn, once in the process, that `what` ("attention runs") takes the reference, and why."""
-    if what not in _warned:
-        _warned.add(what)
-        message = f"{what} the reference: the C++ extension is not available: {why_unavailable()}"
-        warnings.warn(message, SparseHeadsWarning, stacklevel=stacklevel + 1)
 
 
 def why_unavailable() -> str | None:

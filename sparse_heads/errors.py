@@ -1,6 +1,8 @@
-"""Everything that sparse_heads raises or warns on purpose, and the two helpers that word the messages."""
+"""Everything that sparse_heads raises or warns on purpose, and the helpers that word the messages."""
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 
@@ -47,6 +49,21 @@ class BackendUnavailableError(SparseHeadsError, ValueError):
 
 class SparseHeadsWarning(UserWarning):
     """Category of every warning given on purpose."""
+
+
+_warned: set[str] = set()  # of what was warned already
+
+
+def warn_of_reference(what: str, missing: str, reason: str | None, stacklevel: int) -> None:
+    """Warn, once in the process, that `what` ("attention runs") takes the reference, as `missing` is not available.
+
+    stacklevel: 1 is the caller's own line, 2 the line that called it, and so on.
+    """
+    if what not in _warned:
+        _warned.add(what)
+        warnings.warn(
+            f"{what} the reference: {missing} is not available: {reason}", SparseHeadsWarning, stacklevel=stacklevel + 1
+        )
 
 
 def describe(value: object) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparse_heads as sh
-from sparse_heads import _native
+from sparse_heads import _native, errors
 from sparse_heads.errors import (
     BackendUnavailableError,
     InvalidArgumentError,
@@ -195,7 +195,7 @@ def test_the_cpu_kernels_take_tensors_on_the_cpu():
 @pytest.fixture
 def no_extension(monkeypatch):
     monkeypatch.setattr(_native, "_outcome", _native._Outcome(None, "no C++ compiler: tried nothing"))
-    monkeypatch.setattr(_native, "_warned", set())
+    monkeypatch.setattr(errors, "_warned", set())
 
 
 def test_without_the_extension_cpu_raises_with_the_reason(no_extension, calls):

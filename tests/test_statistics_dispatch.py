@@ -40,7 +40,7 @@ def taken(monkeypatch) -> list[str]:
 @pytest.fixture
 def no_extension(monkeypatch):
     monkeypatch.setattr(_native, "_outcome", _native._Outcome(None, "no C++ compiler: tried nothing"))
-    monkeypatch.setattr(_native, "_warned", set())
+    monkeypatch.setattr(errors, "_warned", set())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

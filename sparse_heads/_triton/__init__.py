@@ -1,4 +1,4 @@
-"""Triton: is it there, for which tensors, and how a kernel is launched. Nothing here imports Triton by being imported."""
+"""Triton: is it there, for which tensors, and how a kernel is launched. Importing this imports no Triton."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class InProjection(nn.Linear):
         roles = site.sharing(role)
         modules = [site.projections[each] for each in roles]
         outputs = row.in_pass(roles).run(
-            choose(site.handle.backend, input),
+            site.handle.backend,
             input,
             [_parameter(module, "weight") for module in modules],
             [_parameter(module, "bias") for module in modules],
@@ -165,7 +165,7 @@ class OutProjection(nn.Linear):
                 f"layer {site.layer.name}: its attention gave {input.shape[-1]} values a token for {count} heads of "
                 f"{head_dim}; its forward does not follow the number of heads and needs a family entry of its own"
             )
-        implementation = choose(site.handle.backend, input)
+        implementation = choose(site.handle.backend, input, wide)
         if wide:
             site.check_rows(call, row.per_request, input)
             input = input if scale is None else _scaled(input, scale)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch import Tensor
 from ...errors import invalid
 from ...heads import HeadSubset
 from ...layers import LayerInfo
+from ...ops.projection.api import choose
 
 Weights = Sequence[Tensor]
 Biases = Sequence[Tensor | None]
@@ -120,17 +120,17 @@ class InPass:
             if each.is_empty and self.parts is None
         ]
 
-    def run(self, implementation: ModuleType, x: Tensor, weights: Weights, biases: Biases) -> list[Tensor]:
+    def run(self, backend: str, x: Tensor, weights: Weights, biases: Biases) -> list[Tensor]:
         """`x [B, T, E]` to `[B, T, kept*D]`, or `[B, T, H*D]` with zeros where heads are wide, a weight."""
         if self.kept is not None:
-            outputs = implementation.in_projection(x, weights, biases, self.kept, self.head_dim)
+            outputs = choose(backend, x, False).in_projection(x, weights, biases, self.kept, self.head_dim)
         elif self.wide is not None:
             masks = [heads.for_rows(x.shape[0]) for heads in self.wide]
-            outputs = implementation.in_projection_per_request(x, weights, biases, masks, self.head_dim)
+            outputs = choose(backend, x, True).in_projection_per_request(x, weights, biases, masks, self.head_dim)
         else:
             query, kv = self.parts
-            outputs = query.run(implementation, x, weights[:1], biases[:1])
-            outputs += kv.run(implementation, x, weights[1:], biases[1:])
+            outputs = query.run(backend, x, weights[:1], biases[:1])
+            outputs += kv.run(backend, x, weights[1:], biases[1:])
         for i, width in self.stand_ins:
             outputs[i] = F.pad(outputs[i], (0, width))
         return outputs

@@ -6,7 +6,7 @@ import torch
 
 from ... import _native
 from ..._attention_arguments import check_score_arguments, visible_span, without_autocast
-from ...errors import BackendUnavailableError, UnsupportedError
+from ...errors import BackendUnavailableError, UnsupportedError, warn_of_reference
 from .cpu import attention_cpu
 from .reference import attention_reference
 from .sdpa import attention_sdpa
@@ -168,7 +168,7 @@ def _choose(
         if _native.available():
             return "cpu"
         if beyond_sdpa:
-            _native.warn_of_reference("attention runs", stacklevel=4)
+            warn_of_reference("attention runs", "the C++ extension", _native.why_unavailable(), stacklevel=4)
     return "reference" if beyond_sdpa else "sdpa"
 
 

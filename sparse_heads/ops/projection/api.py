@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from ...errors import BackendUnavailableError, UnsupportedError, invalid
+from ...errors import BackendUnavailableError, UnsupportedError, invalid, warn_of_reference
 from . import cpu, reference
 from .validation import (
     as_sequence,
@@ -70,7 +70,7 @@ def in_projection(
         head_mask = torch.ones(num_heads, dtype=torch.bool, device=x.device)
     check_head_mask(head_mask, num_heads, x.shape[0], x.device)
     masks = [head_mask.unflatten(-1, (count, -1)).any(-1) for count in counts]
-    implementation = choose(backend, x)
+    implementation = choose(backend, x, head_mask.dim() == 2)
     if head_mask.dim() == 2:
         outputs = implementation.in_projection_per_request(x, weights, biases, masks, head_dim)
     else:
@@ -121,7 +121,7 @@ def out_projection(
     if head_mask is None:
         head_mask = torch.ones(num_heads, dtype=torch.bool, device=heads.device)
     check_head_mask(head_mask, num_heads, batch, heads.device)
-    implementation = choose(backend, heads)
+    implementation = choose(backend, heads, head_mask.dim() == 2)
     if gate is not None:
         check_gate(gate, num_heads, batch, heads.device)
     if head_mask.dim() == 2:
@@ -168,8 +168,9 @@ def check_backend(backend: str) -> None:
         raise BackendUnavailableError(f"backend: 'cpu' is not available: {_native.why_unavailable()}")
 
 
-def choose(backend: str, x: Tensor) -> ModuleType:
-    """The implementation for tensors like `x`: `reference` or `cpu`; raises where a named backend cannot run."""
+def choose(backend: str, x: Tensor, per_request: bool) -> ModuleType:
+    """The implementation for tensors like `x`, under a mask a request or a shared one; raises where a named backend
+    cannot run."""
     if backend == "reference":
         return reference
     on_cpu = x.device.type == "cpu"
@@ -181,7 +182,7 @@ def choose(backend: str, x: Tensor) -> ModuleType:
             return reference
         if _native.available():
             return cpu
-        _native.warn_of_reference("the projections run", stacklevel=3)
+        warn_of_reference("the projections run", "the C++ extension", _native.why_unavailable(), stacklevel=3)
         return reference
     check_backend(backend)
     if not on_cpu:

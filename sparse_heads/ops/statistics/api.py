@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _native
 from ..._attention_arguments import visible_span, without_autocast
-from ...errors import BackendUnavailableError
+from ...errors import BackendUnavailableError, warn_of_reference
 from .cpu import statistics_cpu
 from .reference import statistics_reference
 from .validation import check_arguments, check_backend, check_key_groups
@@ -126,5 +126,5 @@ def _choose(backend: str, query: Tensor) -> str:
         return "reference"
     if _native.available():
         return "cpu"
-    _native.warn_of_reference("attention_statistics runs", stacklevel=3)
+    warn_of_reference("attention_statistics runs", "the C++ extension", _native.why_unavailable(), stacklevel=3)
     return "reference"
