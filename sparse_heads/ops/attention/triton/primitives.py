@@ -66,7 +66,7 @@ def packed_rows(heads, num_heads, request, start, count, tokens, first_row, BLOC
 
 @triton.jit
 def key_range(first_token, last_token, tokens, keys, left, right, BLOCK: tl.constexpr):
-    """(low, full_low, full_high, high): blocks of keys from low to high hold all that the tokens from first to last see.
+    """(low, full_low, full_high, high): blocks of keys from low to high hold all that first to last token see.
 
     Those from full_low to full_high are seen whole by each of them; the others need masks. All but high are multiples
     of BLOCK.
