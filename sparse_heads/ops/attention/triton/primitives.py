@@ -18,17 +18,17 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def work_item(items, item_count, kv_heads, tiles, CHUNK: tl.constexpr, GROUP: tl.constexpr):
+def work_item(items, item_count, kv_heads, tiles, turns, GROUP: tl.constexpr):
     """(request, key/value head, start, count, rank of the tile); count is 0 where the program has nothing to do.
 
-    Programs take the tiles of CHUNK items in turns, rank after rank, so that long tiles can go first and what runs at
-    one time reads few keys. Without a list (items None) there are item_count items with GROUP heads each.
+    Programs take the tiles of `turns` items in turns, rank after rank, so that long tiles can go first and what runs
+    at one time reads few keys. Without a list (items None) there are item_count items with GROUP heads each.
     """
     program = tl.program_id(0)
     number = tl.load(item_count) if items is not None else item_count
-    first = program // (CHUNK * tiles) * CHUNK
-    width = tl.maximum(tl.minimum(number - first, CHUNK), 1)
-    within = program % (CHUNK * tiles)
+    first = program // (turns * tiles) * turns
+    width = tl.maximum(tl.minimum(number - first, turns), 1)
+    within = program % (turns * tiles)
     item = first + within % width
     rank = within // width
     runs = (first < number) & (rank < tiles)
@@ -99,7 +99,7 @@ def tanh(x):
     near = near * square + 0.133326017
     near = near * square - 0.33333318
     near = near * square * x + x
-    far = 1.0 - 2.0 / (tl.exp2(2.0 * LOG2_E * tl.abs(x)) + 1.0)
+    far = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2_E)) + 1.0)
     return tl.where(tl.abs(x) < 0.55, near, tl.where(x < 0, -far, far))
 
 
@@ -143,3 +143,29 @@ def masked(scores, attn_mask, key_stride, position, key, keys, left, right, BOUN
             visible &= key <= position + right
         scores = tl.where(visible, scores, -float("inf"))
     return scores
+
+
+@triton.jit
+def load_rows(pointers, column_stride, visible, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """[rows, BLOCK] from pointers to the rows' first elements; 0 in columns past COLUMNS and in rows not visible.
+
+    visible: bool a row, or None = all.
+    """
+    column = tl.arange(0, BLOCK)
+    pointers = pointers[:, None] + column.to(tl.int64)[None, :] * column_stride
+    if visible is None:
+        if COLUMNS == BLOCK:
+            return tl.load(pointers)
+        return tl.load(pointers, mask=column[None, :] < COLUMNS, other=0.0)
+    if COLUMNS == BLOCK:
+        return tl.load(pointers, mask=visible[:, None], other=0.0)
+    return tl.load(pointers, mask=visible[:, None] & (column[None, :] < COLUMNS), other=0.0)
+
+
+@triton.jit
+def store_rows(pointers, column_stride, tile, visible, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """The reverse of load_rows, in the dtype that lies there."""
+    column = tl.arange(0, BLOCK)
+    inside = visible[:, None] & (column[None, :] < COLUMNS)
+    pointers = pointers[:, None] + column.to(tl.int64)[None, :] * column_stride
+    tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=inside)
