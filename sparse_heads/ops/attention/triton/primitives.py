@@ -107,8 +107,10 @@ def tanh(x):
 def log2_scores(products, scale, softcap):
     """log2(e) times the scores before any mask, so that exp2 of them is exp of the scores."""
     if softcap is None:
-        return products * (scale * LOG2_E)
-    return softcap * tanh(products * scale * (1.0 / softcap)) * LOG2_E
+        scores = products * (scale * LOG2_E)
+    else:
+        scores = softcap * tanh(products * scale * (1.0 / softcap)) * LOG2_E
+    return scores
 
 
 @triton.jit
@@ -155,11 +157,15 @@ def load_rows(pointers, column_stride, visible, COLUMNS: tl.constexpr, BLOCK: tl
     pointers = pointers[:, None] + column.to(tl.int64)[None, :] * column_stride
     if visible is None:
         if COLUMNS == BLOCK:
-            return tl.load(pointers)
-        return tl.load(pointers, mask=column[None, :] < COLUMNS, other=0.0)
-    if COLUMNS == BLOCK:
-        return tl.load(pointers, mask=visible[:, None], other=0.0)
-    return tl.load(pointers, mask=visible[:, None] & (column[None, :] < COLUMNS), other=0.0)
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=column[None, :] < COLUMNS, other=0.0)
+    else:
+        if COLUMNS == BLOCK:
+            tile = tl.load(pointers, mask=visible[:, None], other=0.0)
+        else:
+            tile = tl.load(pointers, mask=visible[:, None] & (column[None, :] < COLUMNS), other=0.0)
+    return tile
 
 
 @triton.jit
