@@ -55,7 +55,7 @@ def shared_arguments(
         "right": None if right < 0 or right >= tokens - 1 else right,
         "scale": scale,
         "softcap": softcap or None,
-        "turns": turns(keys, head_dim, value_dim, key.element_size()),
+        "turns": min(turns(keys, head_dim, value_dim, key.element_size()), max(1, batch * kv_heads)),
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,

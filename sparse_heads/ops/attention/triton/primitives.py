@@ -30,8 +30,8 @@ def work_item(items, item_count, kv_heads, tiles, turns, GROUP: tl.constexpr):
     width = tl.maximum(tl.minimum(number - first, turns), 1)
     within = program % (turns * tiles)
     item = first + within % width
-    rank = within // width
-    runs = (first < number) & (rank < tiles)
+    runs = (first < number) & (within < width * tiles)
+    rank = tl.where(runs, within // width, 0)
     if items is None:
         request = item // kv_heads
         kv_head = item % kv_heads
