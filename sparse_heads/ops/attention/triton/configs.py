@@ -34,6 +34,18 @@ TABLE: dict[str, dict[tuple[tuple[int, int], int], dict[int, Config]]] = {
         ((8, 0), 2): {64: Config(16, 128, 4, 3), 128: Config(16, 64, 4, 3), 256: Config(16, 64, 4, 2)},
         ((8, 0), 4): {64: Config(16, 64, 4, 2), 128: Config(16, 32, 4, 2), 256: Config(16, 32, 4, 2)},
     },
+    "backward prepare": {
+        ((8, 0), 2): {64: Config(128, 0, 4, 1), 128: Config(64, 0, 4, 1), 256: Config(32, 0, 4, 1)},
+        ((8, 0), 4): {64: Config(64, 0, 4, 1), 128: Config(32, 0, 4, 1), 256: Config(16, 0, 4, 1)},
+    },
+    "backward keys": {
+        ((8, 0), 2): {64: Config(64, 64, 4, 2), 128: Config(32, 64, 4, 2), 256: Config(16, 32, 4, 2)},
+        ((8, 0), 4): {64: Config(16, 16, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 4, 1)},
+    },
+    "backward queries": {
+        ((8, 0), 2): {64: Config(64, 64, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 16, 4, 2)},
+        ((8, 0), 4): {64: Config(16, 16, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 4, 1)},
+    },
 }
 
 

@@ -1,0 +1,89 @@
+"""Backward: one pass over the rows of the output, one over keys, one over queries; those that are wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...._triton import capability
+from ...._triton.work_list import attention_work_list
+from .arguments import group_size
+from .backward_keys import keys_launch
+from .backward_prepare import prepare_launch
+from .backward_queries import queries_launch
+from .configs import Config, choose
+
+
+def attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_mask: Tensor | None,
+    kv_heads: Tensor | None,
+    gate: Tensor | None,
+    attn_mask: Tensor | None,
+    sinks: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float,
+    tf32: bool,
+    output_ungated: Tensor,
+    logsumexp: Tensor,
+    wanted: list[bool],
+    *,
+    configs: dict[str, Config] | None = None,
+) -> list[Tensor]:
+    """The gradients wanted, in the order query, key, value, gate, attn_mask, sinks.
+
+    gate and sinks [B, H] and attn_mask [B, H, T, S] are float32. configs: by pass ("backward prepare", "backward
+    keys", "backward queries"), instead of those of the table.
+    """
+    batch, heads, tokens, head_dim = query.shape
+    keys, value_dim = value.shape[2:]
+    want_query, want_key, want_value, want_gate, want_mask, want_sinks = wanted
+    group = group_size(query, key, kv_heads)
+
+    def config(kernel: str, rows: int) -> Config:
+        if configs is not None:
+            return configs[kernel]
+        return choose(kernel, head_dim, value_dim, query.element_size(), rows, capability(query.device))
+
+    def gradient_like(tensor: Tensor, zeros: bool) -> Tensor:
+        sizes = [tensor.shape[dimension] for dimension in (0, 2, 1, 3)]
+        return (tensor.new_zeros if zeros else tensor.new_empty)(sizes).transpose(1, 2)
+
+    def sums(want: bool, tiles: int) -> Tensor | None:
+        return query.new_empty((batch, heads, tiles), dtype=torch.float32) if want else None
+
+    some_off = head_mask is not None or kv_heads is not None
+    query_gradient = gradient_like(query, zeros=head_mask is not None) if want_query else None
+    key_gradient = gradient_like(key, zeros=some_off) if want_key else None
+    value_gradient = gradient_like(value, zeros=some_off) if want_value else None
+    mask_gradient = query.new_zeros((batch, heads, tokens, keys), dtype=torch.float32) if want_mask else None
+
+    prepare = config("backward prepare", tokens)
+    tiles = -(-tokens // prepare.block_m)
+    delta = sums(want_query or want_key or want_mask, tokens)
+    gate_sums, sink_sums = sums(want_gate, tiles), sums(want_sinks, tiles)
+    if any(tensor is not None for tensor in (delta, gate_sums, sink_sums)):
+        prepare_launch(
+            grad, output_ungated, logsumexp, head_mask, gate, sinks, delta, gate_sums, sink_sums, prepare
+        ).run()
+
+    work = None
+    if some_off and any((want_query, want_key, want_value, want_mask)):
+        work = attention_work_list(head_mask, kv_heads, batch, heads, key.shape[1], query.device)
+    inputs = (query, key, value, attn_mask, grad, logsumexp, delta, gate)
+    options = {"span": (left, right), "scale": scale, "softcap": softcap, "group": group, "tf32": tf32}
+    if want_key or want_value:
+        chosen = config("backward keys", tokens)
+        keys_launch(*inputs, key_gradient, value_gradient, work, chosen, **options).run()
+    if want_query or want_mask:
+        chosen = config("backward queries", tokens * group)
+        queries_launch(*inputs, query_gradient, mask_gradient, work, chosen, **options).run()
+
+    gate_gradient, sink_gradient = (None if partial is None else partial.sum(-1) for partial in (gate_sums, sink_sums))
+    gradients = (query_gradient, key_gradient, value_gradient, gate_gradient, mask_gradient, sink_gradient)
+    return [gradient for gradient in gradients if gradient is not None]

@@ -1,0 +1,180 @@
+"""Gradients of keys and values: a program sums over every query that sees its tile of keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...._triton.launch import Launch
+from ...._triton.primitives import dot
+from ...._triton.work_list import WorkList
+from .backward_arguments import backward_arguments
+from .backward_primitives import block_count, block_start, tile_gradients
+from .configs import Config
+from .primitives import LOG2_E, load_rows, store_rows, work_item
+
+
+@triton.jit
+def query_range(first_key, last_key, tokens, keys, left, right, BLOCK: tl.constexpr):
+    """(low, full_low, full_high, high): as `key_range`, for the tokens that see first to last key.
+
+    Tokens past the end need no mask: what is loaded for them adds nothing.
+    """
+    offset = keys - tokens
+    low = 0
+    full_low = 0
+    high = tokens
+    full_high = tl.cdiv(tokens, BLOCK) * BLOCK
+    if right is not None:
+        low = tl.maximum(first_key - right - offset, 0)
+        full_low = tl.maximum(last_key - right - offset, 0)
+    if left is not None:
+        high = tl.maximum(tl.minimum(last_key + left + 1 - offset, tokens), 0)
+        seen_by_all = tl.maximum(first_key + left + 1 - offset, 0)
+        full_high = tl.where(seen_by_all >= tokens, full_high, seen_by_all // BLOCK * BLOCK)
+    low = low // BLOCK * BLOCK
+    full_high = tl.maximum(full_high, low)
+    full_low = tl.minimum(tl.cdiv(full_low, BLOCK) * BLOCK, full_high)
+    return low, full_low, full_high, high
+
+
+@triton.jit
+def _add_tokens(
+    key_sums, value_sums, k, v, query, query_strides, grad, grad_strides, logsumexp, delta, gate, attn_mask, mask_strides,
+    low, full_low, full_high, high, index, tokens, keys, left, right, scale, softcap,
+    BOUNDARY: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, EMPTY_ROWS: tl.constexpr,
+    WANT_VALUE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sums, and what the tokens of one head add to them that need masks (BOUNDARY) or need none.
+
+    delta: None = the gradient of keys is not wanted.
+    """
+    for block in range(block_count(low, full_low, full_high, high, BLOCK_M, BOUNDARY)):
+        token = block_start(block, low, full_low, full_high, BLOCK_M, BOUNDARY) + tl.arange(0, BLOCK_M)
+        exists = token < tokens
+        token = tl.minimum(token, tokens - 1)
+        row = token.to(tl.int64)
+        log2_sum = tl.load(logsumexp + token, mask=exists, other=float("inf")) * LOG2_E
+        q = load_rows(query + row * query_strides[2], query_strides[3], exists, HEAD_DIM, BLOCK_D)
+        g = load_rows(grad + row * grad_strides[2], grad_strides[3], exists, VALUE_DIM, BLOCK_V)
+        if EMPTY_ROWS:
+            # Where no key is seen, queries and the gradients of outputs may hold anything.
+            sees_a_key = (log2_sum != float("inf"))[:, None]
+            q = tl.where(sees_a_key, q, 0.0).to(q.dtype)
+            g = tl.where(sees_a_key, g, 0.0).to(g.dtype)
+        # Tiles of scores lie [keys, tokens]: both sums multiply what is in registers already.
+        zeros = tl.zeros([k.shape[0], BLOCK_M], tl.float32)
+        products = dot(k, tl.trans(q), zeros, PRECISION)
+        value_products, row_delta = zeros, tl.zeros([BLOCK_M], tl.float32)
+        if delta is not None:
+            value_products = dot(v, tl.trans(g), zeros, PRECISION)
+            row_delta = tl.load(delta + token, mask=exists, other=0.0)
+        mask_rows, key_stride = None, None
+        if attn_mask is not None:
+            mask_rows, key_stride = attn_mask + (row * mask_strides[2])[None, :], mask_strides[3]
+        probabilities, _, gradients = tile_gradients(
+            products, value_products, log2_sum[None, :], row_delta[None, :], gate, scale, softcap,
+            mask_rows, key_stride, (token + keys - tokens)[None, :], index[:, None], keys, left, right,
+            BOUNDARY, EMPTY_ROWS,
+        )  # fmt: skip
+        if WANT_VALUE:
+            value_sums = dot(probabilities.to(g.dtype), g, value_sums, PRECISION)
+        if delta is not None:
+            key_sums = dot(gradients.to(q.dtype), q, key_sums, PRECISION)
+    return key_sums, value_sums
+
+
+@triton.jit
+def _attention_backward_keys(
+    query, query_strides, key, key_strides, value, value_strides, attn_mask, mask_strides,
+    grad, grad_strides, logsumexp, delta, gate, gate_strides,
+    key_gradient, key_gradient_strides, value_gradient, value_gradient_strides,
+    heads, items, item_count, num_heads, kv_heads, tokens, keys, left, right, scale, softcap, tiles, turns,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EMPTY_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys of one work item: its active query heads in turn, BLOCK_M tokens at a time."""
+    request, kv_head, start, count, rank = work_item(items, item_count, kv_heads, tiles, turns, GROUP)
+    if count == 0:
+        return
+    request, kv_head = request.to(tl.int64), kv_head.to(tl.int64)
+    # Under a causal mask the first tile of keys is the longest.
+    first_key = rank * BLOCK_N
+    index = first_key + tl.arange(0, BLOCK_N)
+    exists = index < keys
+    row = index.to(tl.int64)
+    key += request * key_strides[0] + kv_head * key_strides[1]
+    value += request * value_strides[0] + kv_head * value_strides[1]
+    k = load_rows(key + row * key_strides[2], key_strides[3], exists, HEAD_DIM, BLOCK_D)
+    v = load_rows(value + row * value_strides[2], value_strides[3], exists, VALUE_DIM, BLOCK_V)
+    key_sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    value_sums = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+
+    last_key = tl.minimum(first_key + BLOCK_N, keys) - 1
+    low, full_low, full_high, high = query_range(first_key, last_key, tokens, keys, left, right, BLOCK_M)
+    for member in range(count):
+        head = (start + member).to(tl.int64)
+        if heads is not None:
+            head = tl.load(heads + request * num_heads + head).to(tl.int64)
+        statistics = (request * num_heads + head) * tokens
+        head_delta = None if delta is None else delta + statistics
+        head_gate = None if gate is None else tl.load(gate + request * gate_strides[0] + head * gate_strides[1])
+        head_mask = None if attn_mask is None else attn_mask + request * mask_strides[0] + head * mask_strides[1]
+        for BOUNDARY in tl.static_range(2):
+            if (left is not None) | (right is not None) | (not BOUNDARY):
+                key_sums, value_sums = _add_tokens(
+                    key_sums, value_sums, k, v,
+                    query + request * query_strides[0] + head * query_strides[1], query_strides,
+                    grad + request * grad_strides[0] + head * grad_strides[1], grad_strides,
+                    logsumexp + statistics, head_delta, head_gate, head_mask, mask_strides,
+                    low, full_low, full_high, high, index, tokens, keys, left, right, scale, softcap,
+                    BOUNDARY, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, EMPTY_ROWS, value_gradient is not None, PRECISION,
+                )  # fmt: skip
+
+    if key_gradient is not None:
+        key_gradient += request * key_gradient_strides[0] + kv_head * key_gradient_strides[1]
+        rows = key_gradient + row * key_gradient_strides[2]
+        store_rows(rows, key_gradient_strides[3], key_sums * scale, exists, HEAD_DIM, BLOCK_D)
+    if value_gradient is not None:
+        value_gradient += request * value_gradient_strides[0] + kv_head * value_gradient_strides[1]
+        rows = value_gradient + row * value_gradient_strides[2]
+        store_rows(rows, value_gradient_strides[3], value_sums, exists, VALUE_DIM, BLOCK_V)
+
+
+def keys_launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    grad: Tensor,
+    logsumexp: Tensor,
+    delta: Tensor | None,
+    gate: Tensor | None,
+    key_gradient: Tensor | None,
+    value_gradient: Tensor | None,
+    work: WorkList | None,
+    config: Config,
+    **options: Any,
+) -> Launch:
+    """Fills the gradients that are wanted (None = not) of the key/value heads in work (None = all).
+
+    delta: as `prepare_launch` fills it, for the gradient of keys; options: as in `backward_arguments`.
+    """
+    delta = None if key_gradient is None else delta
+    tiles = triton.cdiv(key.shape[2], config.block_n)
+    arguments = {
+        **backward_arguments(
+            query, key, value, attn_mask, grad, logsumexp, delta, gate, work, config, **options
+        ),
+        "key_gradient": key_gradient,
+        "key_gradient_strides": None if key_gradient is None else key_gradient.stride(),
+        "value_gradient": value_gradient,
+        "value_gradient_strides": None if value_gradient is None else value_gradient.stride(),
+        "tiles": tiles,
+    }
+    return Launch(_attention_backward_keys, (key.shape[0] * key.shape[1] * tiles,), arguments, config.options)
