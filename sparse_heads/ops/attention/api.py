@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from ... import _native
-from ..._attention_arguments import check_score_arguments, visible_span, without_autocast
+from ..._attention_arguments import check_head_arguments, check_score_arguments, visible_span, without_autocast
 from ...errors import BackendUnavailableError, UnsupportedError, warn_of_reference
 from .cpu import attention_cpu
 from .reference import attention_reference
 from .sdpa import attention_sdpa
-from .validation import check_backend, check_head_arguments, check_inputs
+from .validation import check_backend, check_inputs
 
 
 def attention(
