@@ -54,8 +54,18 @@ def source(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]
     return ASTSource(launch.kernel, signature, constants, attributes), vars(options)
 
 
+def target_of(capability: tuple[int, int]) -> GPUTarget:
+    return GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+
+
+def identity(launch: Launch, capability: tuple[int, int]) -> str:
+    """Equal for launches that run the same binary."""
+    what, options = source(launch, target_of(capability))
+    return f"{what.hash()} {options} {capability}"
+
+
 def compile_launch(launch: Launch, capability: tuple[int, int]) -> Compiled:
-    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    target = target_of(capability)
     what, options = source(launch, target)
     start = time.perf_counter()
     kernel = triton.compile(what, target=target, options=options)
