@@ -93,12 +93,17 @@ def dense_table(
 
 
 @app.command()
-def races(smoke: Smoke = False, out: Out = RESULTS, runs: int = 20) -> None:
+def races(
+    smoke: Smoke = False,
+    out: Out = RESULTS,
+    runs: Annotated[int, typer.Option(help="runs on each input")] = 20,
+    tiny: Annotated[bool, typer.Option("--tiny", help="tiny shapes, for the compute sanitizer")] = False,
+) -> None:
     """Every kernel of ours again and again on one input: any bit that differs is a race."""
     device = open_device(smoke)
     from . import races as repetition
 
-    finish(repetition.run(device, out / "races.json", 2 if smoke else runs))
+    finish(repetition.run(device, out / "races.json", 2 if smoke else runs, tiny or smoke))
 
 
 @app.command()

@@ -50,13 +50,11 @@ def contenders_of(case: GpuCase, inputs: Inputs, mask: Tensor, on_host: bool) ->
             found.append(make("flash_deterministic", forward, settings=settings))
         if not whole:
             found.append(ceiling(case, inputs, name))
-    blocks = partial(flex.causal_blocks, case.tokens, mask.device)
-    if not whole:
+    if case.masks == "requests":
         blocks = partial(flex.blocks_of_heads, by_request, case.tokens)
-    found.append(make("flex_counts", partial(flex_forward, qkv, blocks, gate)))
-    if not whole:
-        own = partial(flex_forward, qkv, partial(flex.own_blocks, by_request, case.tokens), gate)
-        found.append(make("flex_own_mask", own))
+        found.append(make("flex_counts", partial(flex_forward, qkv, blocks, gate)))
+        blocks = partial(flex.own_blocks, by_request, case.tokens)
+        found.append(make("flex_own_mask", partial(flex_forward, qkv, blocks, gate)))
         sequences = partial(pseudo_sequences.attend, *qkv, by_request)
         found.append(make("pseudo_sequences", partial(times_after, sequences, None, gate)))
     return found

@@ -17,7 +17,7 @@ from .device import Device
 
 Outputs = dict[str, Tensor]
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 21
-CASE_SECONDS = 3.0  # for the rounds of one case
+CASE_SECONDS = 2.0  # for the rounds of one case
 
 
 class Oracle(Protocol):

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 from .cases import GpuCase
+from .measure import CASE_SECONDS, FEWEST_ROUNDS
+from .work import total, work_of
 
+LIMIT_SECONDS = 540  # for all
+START_SECONDS = 15  # loading torch twice, and the ceilings
 TESTS_SECONDS = 200  # the tests are stopped then
 HEADLINE_SECONDS = 300  # no case begins later
-LIMIT_SECONDS = 540
 MOST_HEADLINE_CASES = 40
+# A careful guess at a case, for the budget: contenders, operations a second, what a call takes beside them, the gate.
+CONTENDERS, OPERATIONS, CALL_SECONDS, GATE_SECONDS = 10, 150e12, 1e-3, 1.0
+# Compiling FlexAttention for a shape and direction, and our kernels for a level, direction and head dimension.
+FLEX_SECONDS, KERNEL_SECONDS = 12.0, 4.0
 
 DENSITIES = (1.0, 0.75, 0.5, 0.25, 0.125)
 PREFILL = (8, 2048, 32, 32, 128)  # batch, tokens, heads, key/value heads, head dimension
@@ -80,4 +89,24 @@ SMOKE = (
     GpuCase("in", "forward", *TINY, 0.5, masks="requests", dtype="float32"),
     GpuCase("out", "step", *TINY, 0.5, masks="requests", dtype="float32"),
 )
+
+
+def case_seconds(case: GpuCase) -> float:
+    """A guess, without compiling: the gate, the warm-up and the rounds."""
+    dense = total(work_of(replace(case, density=1.0)))
+    turn = CONTENDERS * (dense.operations / OPERATIONS + CALL_SECONDS)
+    return GATE_SECONDS + 5 * turn + max(FEWEST_ROUNDS * turn, CASE_SECONDS)
+
+
+def estimated_seconds(cases: Sequence[GpuCase]) -> float:
+    """A guess at all of them, compiling included."""
+    flex = {
+        (case.direction, case.batch, case.tokens, case.heads, case.kv_heads, case.head_dim)
+        for case in cases
+        if case.level == "attention" and case.masks == "requests"
+    }
+    kernels = {(case.level, case.direction, case.head_dim, case.group) for case in cases}
+    return sum(map(case_seconds, cases)) + FLEX_SECONDS * len(flex) + KERNEL_SECONDS * len(kernels)
+
+
 SUITES = {"headline": HEADLINE, "grid": grid(), "smoke": SMOKE}
