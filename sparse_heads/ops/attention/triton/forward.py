@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -56,7 +58,7 @@ def _attention_forward(
     request, kv_head, start, count, rank = work_item(items, item_count, kv_heads, tiles, turns, GROUP)
     # Under a causal mask the last tile of rows is the longest.
     first_row = (tiles - 1 - rank) * BLOCK_M
-    if (count == 0) | (first_row >= tokens * count):
+    if first_row >= tokens * count:
         return
     token, head, valid = packed_rows(heads, num_heads, request, start, count, tokens, first_row, BLOCK_M, GROUP)
     request, kv_head, head = request.to(tl.int64), kv_head.to(tl.int64), head.to(tl.int64)
@@ -177,18 +179,21 @@ def attention_forward(
     value_dim = value.shape[3]
     group = group_size(query, key, kv_heads)
     if config is None:
-        rows = tokens * group
-        config = choose("forward", head_dim, value_dim, query.element_size(), rows, capability(query.device))
+        device = capability(query.device)
+        config = choose("forward", head_dim, value_dim, query.element_size(), tokens * group, device)
     work = None
     if head_mask is not None or kv_heads is not None:
         work = attention_work_list(head_mask, kv_heads, batch, heads, key.shape[1], query.device)
 
-    def empty(zeros: bool) -> Tensor:
-        return (query.new_zeros if zeros else query.new_empty)((batch, tokens, heads, value_dim)).transpose(1, 2)
+    def rows() -> Tensor:
+        new = query.new_empty if head_mask is None else query.new_zeros
+        return new((batch, tokens, heads, value_dim)).transpose(1, 2)
 
-    output = empty(zeros=head_mask is not None)
-    ungated = empty(zeros=head_mask is not None) if training and gate is not None else None
+    output = rows()
+    ungated = rows() if training and gate is not None else None
     logsumexp = query.new_empty((batch, heads, tokens), dtype=torch.float32) if training else None
+    if logsumexp is not None and head_mask is not None:
+        logsumexp.fill_(math.inf)
     forward_launch(
         query, key, value, gate, attn_mask, sinks, output, ungated, logsumexp, work,
         span=(left, right), scale=scale, softcap=softcap, group=group, tf32=tf32, config=config,
