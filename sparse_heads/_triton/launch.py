@@ -23,7 +23,8 @@ class Launch(NamedTuple):
         """Launch it on the device and stream of its tensors; an empty grid launches nothing."""
         if 0 in self.grid:
             return
-        device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        flat = (each for value in self.arguments.values() for each in (value if isinstance(value, tuple) else (value,)))
+        device = next(each.device for each in flat if isinstance(each, torch.Tensor))
         # Triton launches on the current device, whatever the tensors say.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.kernel[self.grid](**self.arguments, **self.options)

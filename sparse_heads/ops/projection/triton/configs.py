@@ -1,0 +1,93 @@
+"""Tile shapes, warps and pipeline stages of the projections: by kernel, size, dtype and device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """Tiles of block_m rows by block_n columns, summed over block_k at a time, for a program of num_warps warps.
+
+    Neighbouring programs take group_m tiles of rows by all columns, so that the cache serves both operands.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m}
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# float32 without TF32 has no tensor cores: every product is formed in registers, which bounds the tiles.
+KINDS = {(torch.float32, False): "float32", (torch.float32, True): "tf32"}
+HALF = "half"
+
+# {kernel: {(lowest capability, kind): {largest size: configuration}}}. "tokens": both projections and the gradients of
+# their inputs, by a request's tokens; "weight": sums over tokens, by columns, which are one head's or the kept heads'.
+TABLE: dict[str, dict[tuple[tuple[int, int], str], dict[float, Config]]] = {
+    "tokens": {
+        ((8, 0), HALF): {
+            16: Config(16, 64, 128, 4, 4),
+            64: Config(64, 64, 64, 4, 4),
+            512: Config(64, 128, 64, 4, 3),
+            float("inf"): Config(128, 128, 32, 4, 4),
+        },
+        ((9, 0), HALF): {
+            16: Config(16, 64, 128, 4, 4),
+            64: Config(64, 64, 64, 4, 4),
+            512: Config(64, 128, 64, 4, 4),
+            float("inf"): Config(128, 256, 64, 8, 3),
+        },
+        ((8, 0), "tf32"): {
+            16: Config(16, 64, 64, 4, 3),
+            64: Config(64, 64, 32, 4, 3),
+            float("inf"): Config(128, 128, 32, 8, 3),
+        },
+        ((8, 0), "float32"): {16: Config(16, 64, 32, 4, 3), float("inf"): Config(64, 64, 16, 8, 3)},
+    },
+    "weight": {
+        ((8, 0), HALF): {
+            32: Config(128, 32, 64, 4, 3),
+            64: Config(128, 64, 64, 4, 3),
+            float("inf"): Config(128, 128, 32, 4, 4),
+        },
+        ((9, 0), HALF): {
+            32: Config(128, 32, 64, 4, 4),
+            64: Config(128, 64, 64, 4, 4),
+            128: Config(128, 128, 64, 8, 4),
+            float("inf"): Config(128, 256, 64, 8, 3),
+        },
+        ((8, 0), "tf32"): {64: Config(128, 64, 32, 4, 3), float("inf"): Config(128, 128, 32, 8, 3)},
+        ((8, 0), "float32"): {float("inf"): Config(64, 64, 16, 8, 3)},
+    },
+}
+
+
+def choose(kernel: str, size: int, dtype: torch.dtype, tf32: bool, capability: tuple[int, int]) -> Config:
+    """The configuration of "tokens" or "weight" (see TABLE); nothing here depends on what masks hold."""
+    kind = KINDS.get((dtype, tf32), HALF)
+    by_size = TABLE[kernel][max(key for key in TABLE[kernel] if key[0] <= capability and key[1] == kind)]
+    return by_size[min(largest for largest in by_size if size <= largest)]
+
+
+def head_block(config: Config, head_dim: int) -> tuple[int, bool]:
+    """(block_k, whether it divides head_dim), for sums over heads: tiles that lie in one head have one address."""
+    divisor = min(head_dim & -head_dim, config.block_k)
+    aligned = divisor >= min(32, config.block_k)
+    return (divisor if aligned else config.block_k), aligned
+
+
+def precision(dtype: torch.dtype, tf32: bool) -> str:
+    """What a kernel's dots take as PRECISION."""
+    return "tf32" if tf32 and dtype == torch.float32 else "ieee"
