@@ -57,7 +57,8 @@ class GpuCase:
     @cached_property
     def mask(self) -> Tensor:
         """bool [H] or [B, H], True = the head runs: the share `density`, exactly, of heads or of whole groups."""
-        generator = random.Random(self.name)
+        # The same heads whatever is done with them, and however long the input is.
+        generator = random.Random(repr((self.batch, self.heads, self.kv_heads, self.density, self.masks, self.choice)))
         grouped = self.choice == "groups"
         units = self.kv_heads if grouped else self.heads
         rows = self.batch if self.masks == "requests" else 1

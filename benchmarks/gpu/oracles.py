@@ -139,8 +139,8 @@ def attention_pair(
             grads["key"] += (ds.T @ q).to(wide)
             grads["value"] += (p.to(dtype).T @ gated).to(wide)
     found = {"output": output} | (grads if grad is not None else {})
-    # Every term of the gate's sum is rounded once or twice; the sum of as many roundings, four standard deviations.
-    rounding = 4 * torch.finfo(dtype).eps * allowance.sqrt()
+    # Every term of the gate's sum is rounded once or twice, by independent errors; then the sum itself.
+    rounding = torch.finfo(dtype).eps * (4 * allowance.sqrt() + grads["gate"].abs())
     return {name: tensor.to(dtype) for name, tensor in found.items()} | {"gate allowance": rounding.double()}
 
 

@@ -123,7 +123,8 @@ def run_cases(
     result["sessions"].append(here)
     number, done = len(result["sessions"]) - 1, {case["name"] for case in result["cases"]}
     waiting = [case for case in cases if case.name not in done]
-    write_json(path, result | {"left": [case.name for case in waiting]})
+    result["left"] = [case.name for case in waiting]
+    write_json(path, result)
     while waiting and perf_counter() - started < seconds:
         case = waiting.pop(0)
         entry = measure(case, device) | {"session": number}
