@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from kernel_cases import CASES, launches_of
+from kernel_cases import CASES, Case, launches_of, name_of
 from kernel_compiler import Compiled, compile_launch, identity
 
 from sparse_heads._triton import interpreted
@@ -31,7 +31,7 @@ COLUMNS = ("registers", "local", "shared")
 class Job(NamedTuple):
     """One launch of a case on a device."""
 
-    case: str
+    case: Case
     capability: tuple[int, int]
     launch: Launch
 
@@ -43,7 +43,7 @@ def gather(cases: str, capabilities: list[tuple[int, int]]) -> list[Job]:
         for case in CASES:
             if cases == "full" or case.headline:
                 for launch in launches_of(case, capability):
-                    found.setdefault(identity(launch, capability), Job(case.name, capability, launch))
+                    found.setdefault(identity(launch, capability), Job(case, capability, launch))
     return list(found.values())
 
 
@@ -61,7 +61,8 @@ def record(job: Job) -> dict[str, Any]:
         name: value for name, value in job.launch.arguments.items() if isinstance(value, (bool, int, str, type(None)))
     }
     return {
-        "case": job.case,
+        "case": name_of(job.case),
+        "dtype": str(job.case.dtype).removeprefix("torch."),
         "kernel": job.launch.kernel.__name__,
         "capability": list(job.capability),
         "constants": {name: value for name, value in constants.items() if name.isupper()},
