@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.gpu import attention, figures, layers, projections, report, runner, suites
+from benchmarks.gpu import attention, figures, layers, projections, races, report, runner, suites
 from benchmarks.gpu.__main__ import app
 from benchmarks.gpu.cases import DIRECTIONS, LEVELS, GpuCase
 from benchmarks.gpu.device import Host
@@ -316,7 +317,7 @@ def test_faults_of_ours_count_and_those_of_others_do_not():
 CEILINGS = {"operations_per_second": 8e14, "bytes_per_second": 4e12, "launch_seconds": 0.0, "samples": {}}
 SESSION = {
     "date": "today", "commit": "0" * 40, "dirty": False, "smoke": False, "versions": {"torch": "2.11"},
-    "device": {"name": "a device", "as_found": {"clocks.sm": "1980 MHz"}}, "ceilings": CEILINGS,
+    "device": {"name": "a device"}, "as_found": {}, "after_ceilings": {"clocks.sm": "1980 MHz"}, "ceilings": CEILINGS,
 }  # fmt: skip
 
 
@@ -427,6 +428,48 @@ def test_the_report_names_figures_faults_and_the_machine(tmp_path):
     assert "skip efficiency" in short and "pseudo_sequences failed in 1" in short
     for words in ("a device", "1980 MHz", "no varlen_attn", "- a-case", "ours_all_on", "4.00 TB/s"):
         assert words in text
+
+
+# races ----------------------------------------------------------------------------------------------------------------
+
+
+def test_one_changed_bit_is_a_difference():
+    one = [torch.zeros(3), torch.zeros(3, dtype=torch.bfloat16)]
+    assert races.same(one, [each.clone() for each in one])
+    assert not races.same(one, [one[0], -one[1]])
+    nan = [torch.full((2,), torch.nan)]
+    assert races.same(nan, [nan[0].clone()])
+
+
+def test_work_lists_are_permuted_wherever_they_are_made():
+    from sparse_heads._triton import work_list
+    from sparse_heads.ops.attention.triton import forward  # noqa: F401  (makes work lists)
+
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    arguments = (mask, None, 8, 8, 8, mask.device)
+    plain = work_list.attention_work_list(*arguments)
+    with races.permuted_work(seed=0):
+        users = [module for name, module in sys.modules.items() if name.startswith("sparse_heads.ops.attention.triton")]
+        users = [module for module in users if hasattr(module, "attention_work_list")]
+        shuffled = [module.attention_work_list(*arguments) for module in users]
+    assert shuffled
+    for work in shuffled:
+        assert not torch.equal(work.items, plain.items)
+        assert sorted(work.items.tolist()) == sorted(plain.items.tolist())
+    assert work_list.attention_work_list(*arguments).items.equal(plain.items)
+
+
+def test_a_result_that_depends_on_the_run_is_a_fault(monkeypatch):
+    runs = iter(range(100))
+    case = GpuCase("attention", "forward", 2, 3, 4, 4, 8, 0.5, "requests", dtype="float32")
+
+    def moving(case: GpuCase, inputs: Inputs, mask: torch.Tensor) -> Contender:
+        return Contender("moving", lambda: inputs.query + next(runs), "forward")
+
+    monkeypatch.setattr(races, "ours", moving)
+    assert len(races.faults_of(case, Host(), runs=3)) == 3
+    monkeypatch.setattr(races, "ours", lambda *_: Contender("still", lambda: torch.ones(2, 4, 3, 8), "forward"))
+    assert races.faults_of(case, Host(), runs=3) == []
 
 
 # smoke ----------------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def contenders_of(case: GpuCase, inputs: Inputs, mask: Tensor, on_host: bool) ->
     if case.masks == "requests":
         blocks = partial(flex.blocks_of_heads, by_request, case.tokens)
         found.append(make("flex_counts", partial(flex_forward, qkv, blocks, gate)))
-        blocks = partial(flex.own_blocks, by_request, case.tokens)
+        blocks = partial(flex.own_blocks, flex.causal_in_heads(by_request), by_request, case.tokens)
         found.append(make("flex_own_mask", partial(flex_forward, qkv, blocks, gate)))
         sequences = partial(pseudo_sequences.attend, *qkv, by_request)
         found.append(make("pseudo_sequences", partial(times_after, sequences, None, gate)))

@@ -21,7 +21,6 @@ class Gpu:
 
     torch_device = torch.device("cuda")
     smoke = False
-    warm_ups = 3
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties(self.torch_device)
@@ -51,25 +50,26 @@ class Gpu:
         """Give back memory that nothing uses."""
         torch.cuda.empty_cache()
 
-    def describe(self) -> dict[str, object]:
-        """Device, driver, and clocks as they are found; nothing is set."""
+    def clocks(self) -> dict[str, str]:
+        """Driver, clocks, power and temperature as they are found; nothing is set."""
         try:
             done = subprocess.run(
                 ("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"), capture_output=True, text=True
             )
-            found = dict(zip(CLOCKS.split(","), done.stdout.strip().split(", "), strict=False))
         except OSError as error:
-            found = {"error": str(error)}
+            return {"error": str(error)}
+        return dict(zip(CLOCKS.split(","), done.stdout.strip().split(", "), strict=False))
+
+    def describe(self) -> dict[str, object]:
+        """The device and what runs it."""
         properties = torch.cuda.get_device_properties(self.torch_device)
-        cudnn = torch.backends.cudnn.version()
         return {
             "name": self.name,
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "memory": properties.total_memory,
             "cuda": torch.version.cuda,
-            "cudnn": cudnn,
-            "as_found": found,
+            "cudnn": torch.backends.cudnn.version(),
         }
 
 
@@ -78,7 +78,6 @@ class Host:
 
     torch_device = torch.device("cpu")
     smoke = True
-    warm_ups = 0
     name = "smoke"
 
     def flush(self) -> None:
@@ -97,6 +96,10 @@ class Host:
 
     def release(self) -> None:
         """Nothing is cached."""
+
+    def clocks(self) -> dict[str, str]:
+        """None."""
+        return {}
 
     def describe(self) -> dict[str, object]:
         """Only that this is no device."""
@@ -121,5 +124,6 @@ def session(device: Device) -> dict[str, object]:
         "dirty": bool(changed),
         "smoke": device.smoke,
         "device": device.describe(),
+        "as_found": device.clocks(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, **found},
     }

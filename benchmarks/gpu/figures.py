@@ -181,6 +181,7 @@ def training_figures(result: Result) -> list[Figure]:
             (own,), (every,) = replicates(case, OURS), replicates(dense[0], OURS)
             found[case["name"]] = estimate(every * (operations(case) / all_operations(case)) / own)
     if found:
+        # "In proportion to the active heads", with the same tolerance as skip efficiency.
         title = "Gated step, hard zeros: all-heads time x active share of the work / time, worst case"
         figures.append(worst_case(title, 0.9, found, at_least=True))
     return figures

@@ -56,12 +56,17 @@ def blocks_of_heads(mask: Tensor, tokens: int) -> object:
     return blocks
 
 
-def own_blocks(mask: Tensor, tokens: int) -> object:
-    """What `create_block_mask` makes of the head mask [B, H]; all blocks in one pass."""
+def causal_in_heads(mask: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """As `causal`, and nothing in heads that are off in the mask [B, H]."""
 
     def visible(request: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & mask[request, head]
 
+    return visible
+
+
+def own_blocks(visible: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], mask: Tensor, tokens: int) -> object:
+    """What `create_block_mask` makes of `causal_in_heads(mask)`."""
     return compiled("create_block_mask", mask.device.type == "cpu")(visible, *mask.shape, tokens, tokens, mask.device)
 
 

@@ -18,6 +18,7 @@ from .device import Device
 Outputs = dict[str, Tensor]
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 21
 CASE_SECONDS = 2.0  # for the rounds of one case
+WARM_UPS = 3
 
 
 class Oracle(Protocol):
@@ -116,16 +117,18 @@ def timed_call(one: Contender, device: Device) -> tuple[object, object]:
 
 def rounds_for(contenders: Sequence[Contender], device: Device) -> int:
     """Warm everything up, and say how many rounds fit into the time of a case."""
+    if device.smoke:
+        return 2
     total = 0.0
     for one in contenders:
-        for _ in range(device.warm_ups):
+        for _ in range(WARM_UPS):
             one.run(one.prepare())
         outer = device.stamp()
         timed_call(one, device)
         end = device.stamp()
         device.synchronize()
         total += device.seconds(outer, end)
-    return 2 if device.smoke else max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(CASE_SECONDS / max(total, 1e-6))))
+    return max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(CASE_SECONDS / max(total, 1e-6))))
 
 
 @contextlib.contextmanager

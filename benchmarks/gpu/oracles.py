@@ -16,9 +16,9 @@ from .cases import GpuCase
 from .inputs import Inputs
 from .measure import Outputs
 
-# Root mean square and largest error, as multiples of the eager computation's. The largest error of a few values is a
-# lottery, and other kernels round at other places than plain operators do.
-MEAN_FACTOR, LARGEST_FACTOR = 2.0, 4.0
+# Root mean square and largest error, as multiples of the eager computation's: other kernels round at other places, and
+# on few values both are a lottery. The tests hold ours to less.
+MEAN_FACTOR, LARGEST_FACTOR = 4.0, 8.0
 CHUNK = 1 << 26  # scores held at a time
 ROWS = 64
 SHORT_TOKENS = 256

@@ -94,6 +94,11 @@ def out_ways(case: GpuCase, inputs: Inputs) -> dict[str, Callable[[Tensor], Tens
     return ways
 
 
+def grouped_mm(left: Tensor, right: Tensor, offs: Tensor) -> Tensor:
+    """By the name that this version of torch has for it."""
+    return (F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm)(left, right, offs=offs)
+
+
 def grouped_in(case: GpuCase, x: Tensor, weights: tuple[Tensor, ...], mask: Tensor) -> tuple[Tensor, ...]:
     """A group a request: its kept rows are gathered behind one another, and the heads put back in their places."""
     found = []
@@ -101,7 +106,7 @@ def grouped_in(case: GpuCase, x: Tensor, weights: tuple[Tensor, ...], mask: Tens
         request, head = kept.nonzero(as_tuple=True)
         rows = weight.unflatten(0, (-1, case.head_dim))[head].flatten(0, 1)
         ends = (case.head_dim * kept.sum(1)).cumsum(0).to(torch.int32)
-        product = F.grouped_mm(x, rows.T, offs=ends).unflatten(1, (-1, case.head_dim)).transpose(0, 1)
+        product = grouped_mm(x, rows.T, offs=ends).unflatten(1, (-1, case.head_dim)).transpose(0, 1)
         wide = x.new_zeros(*kept.shape, case.tokens, case.head_dim)
         found.append(wide.index_put((request, head), product))
     return tuple(found)
@@ -113,4 +118,4 @@ def grouped_out(case: GpuCase, heads: Tensor, weight: Tensor, mask: Tensor) -> T
     rows = heads[request, head].transpose(0, 1).flatten(1)
     columns = weight.T.unflatten(0, (-1, case.head_dim))[head].flatten(0, 1)
     ends = (case.head_dim * mask.sum(1)).cumsum(0).to(torch.int32)
-    return F.grouped_mm(rows, columns, offs=ends)
+    return grouped_mm(rows, columns, offs=ends)

@@ -15,13 +15,16 @@ from .figures import Case, Result, all_figures
 def session_text(session: dict) -> str:
     """Where, when and with what one run was taken."""
     versions = ", ".join(f"{name} {version}" for name, version in session["versions"].items())
-    device = ", ".join(f"{name} {value}" for name, value in session["device"].items() if name != "as_found")
-    found = ", ".join(f"{name} {value}" for name, value in session["device"].get("as_found", {}).items())
+    device, *clocks = (
+        ", ".join(f"{name} {value}" for name, value in session[key].items())
+        for key in ("device", "as_found", "after_ceilings")
+    )
     ceilings = session["ceilings"]
     rates = f"{ceilings['operations_per_second'] / 1e12:.1f} TFLOP/s in a matrix product"
     rates += f", {ceilings['bytes_per_second'] / 1e12:.2f} TB/s in a copy, {1e6 * ceilings['launch_seconds']:.1f} µs a"
     commit = f"{session['commit'][:12]}{' with changes' if session['dirty'] else ''}"
-    lines = [f"{device}", f"as found: {found}", f"{versions}; commit {commit}, {session['date']}", f"{rates} launch"]
+    found = f"as found: {clocks[0]}; after the ceilings: {clocks[1]}"
+    lines = [device, found, f"{versions}; commit {commit}, {session['date']}", f"{rates} launch"]
     return "\n".join(f"- {line}" for line in lines)
 
 

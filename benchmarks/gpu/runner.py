@@ -120,6 +120,7 @@ def run_cases(
         if result["suite"] != suite or not all(same_setup(one, here) for one in result["sessions"]):
             raise ValueError(f"resume: {earlier} is of another suite, device or versions; give another folder")
     here["ceilings"] = ceilings(device)
+    here["after_ceilings"] = device.clocks()
     result["sessions"].append(here)
     number, done = len(result["sessions"]) - 1, {case["name"] for case in result["cases"]}
     waiting = [case for case in cases if case.name not in done]

@@ -77,15 +77,13 @@ def grid() -> tuple[GpuCase, ...]:
     return tuple(cases)
 
 
-TINY, TINY_GROUPED = (2, 20, 4, 4, 16), (2, 20, 4, 2, 16)
+TINY, TINY_GROUPED = (2, 5, 2, 2, 16), (2, 5, 4, 2, 16)
 # One of each kind, for the interpreter.
 SMOKE = (
-    GpuCase("attention", "forward", *TINY, 0.5, dtype="float32"),
-    GpuCase(
-        "attention", "backward", *TINY_GROUPED, 0.5, masks="requests", choice="groups", gated=True, dtype="float32"
-    ),
-    GpuCase("block", "forward", *TINY, 0.5, dtype="float32"),
-    GpuCase("block", "step", *TINY, gated=True, dtype="float32"),
+    attention("forward", TINY, 0.5, masks="requests", dtype="float32"),
+    attention("backward", TINY_GROUPED, 0.5, masks="requests", choice="groups", gated=True, dtype="float32"),
+    block("forward", TINY, 0.5, dtype="float32"),
+    block("step", TINY, gated=True, dtype="float32"),
     GpuCase("in", "forward", *TINY, 0.5, masks="requests", dtype="float32"),
     GpuCase("out", "step", *TINY, 0.5, masks="requests", dtype="float32"),
 )
