@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from . import _native
+from . import _native, _triton
 from ._build import BuildError, compiler_version, find_compiler
 from ._version import __version__
 
@@ -22,11 +22,12 @@ def environment() -> list[tuple[str, str]]:
         ("backend reference", "available"),
         ("backend sdpa", "available"),
         ("backend cpu", f"not available: {reason}" if reason else f"available: {_native.library()}"),
-        ("backend triton", "not available: no kernels yet"),
+        ("backend triton", _triton_backend()),
         ("backend cuda", "not available: no kernels yet"),
         ("backend auto, projections", "reference" if reason else "cpu"),
         ("backend auto, attention", _attention_backends(reason is None)),
         ("backend auto, statistics", "reference" if reason else "cpu"),
+        *_on_a_gpu(),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         *((name, _version_of(name)) for name in PACKAGES),
         ("C++ compiler", _compiler()),
@@ -43,6 +44,28 @@ def _attention_backends(has_extension: bool) -> str:
     if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return f"cpu; float64 by sdpa, but for {beyond_sdpa}"
     return f"sdpa; cpu for {beyond_sdpa}"
+
+
+def _triton_backend() -> str:
+    reason = _triton.why_unavailable()
+    if reason is None and _triton.interpreted():
+        return "available on the CPU, in Triton's interpreter (TRITON_INTERPRET)"
+    if reason is None:
+        cuda = torch.cuda.is_available()
+        reason = _triton.why_not_on(torch.device("cuda")) if cuda else "PyTorch finds no CUDA device"
+    return f"not available: {reason}" if reason else f"available: {torch.cuda.get_device_name()}"
+
+
+def _on_a_gpu() -> list[tuple[str, str]]:
+    """What `auto` runs on a CUDA device, where there is one; which is faster there has not been measured."""
+    if not torch.cuda.is_available():
+        return []
+    kernels = "reference" if _triton.why_not_on(torch.device("cuda")) else "triton"
+    return [
+        ("backend auto, CUDA projections", f"reference (kept rows gathered, PyTorch's product); {kernels} per request"),
+        ("backend auto, CUDA attention", f"sdpa; {kernels} for softcap, sinks and masks per request"),
+        ("backend auto, CUDA statistics", "reference"),
+    ]
 
 
 def _version_of(package: str) -> str:

@@ -166,7 +166,7 @@ def test_a_stray_head_mask_warns(mask):
     [
         ({"layout": "tall"}, InvalidArgumentError, "layout: wanted one of"),
         ({"kv": "some"}, InvalidArgumentError, r"kv: wanted one of \('active', 'all'\), got some"),
-        ({"backend": "triton"}, sh.errors.BackendUnavailableError, "backend: .*'triton'"),
+        ({"backend": "cuda"}, sh.errors.BackendUnavailableError, "backend: .*'cuda'"),
         ({"backend": "sdpa"}, InvalidArgumentError, "backend: wanted one of"),
         ({"include": "nothing"}, UnknownFamilyError, "include, exclude: wanted patterns that leave"),
         ({"include": 3}, InvalidTypeError, "include: wanted None, a pattern"),

@@ -94,7 +94,7 @@ WRONG = {
     "unknown backend": (
         {"backend": "flash"},
         VALUE_ERROR,
-        "backend: wanted one of 'auto', 'reference', 'sdpa', 'cpu', got flash",
+        "backend: wanted one of 'auto', 'reference', 'sdpa', 'cpu', 'triton', got flash",
     ),
     "number as backend": ({"backend": 3}, VALUE_ERROR, "backend: wanted one of 'auto'.*got int 3"),
     "softcap on sdpa": ({"softcap": 1.0, "backend": "sdpa"}, errors.UnsupportedError, "softcap: .*'sdpa'.*'reference'"),
@@ -109,11 +109,10 @@ def test_wrong_arguments_raise_a_clear_error(case):
         attention(**{"query": QUERY, "key": KEY, "value": VALUE, **arguments})
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_backends_without_an_attention_kernel_say_so(backend):
-    message = f"backend: wanted one of .*'sdpa', 'cpu', got '{backend}', which has no attention kernel yet"
+def test_backends_without_an_attention_kernel_say_so():
+    message = "backend: wanted one of .*'sdpa', 'cpu', 'triton', got 'cuda', which has no attention kernel yet"
     with pytest.raises(errors.BackendUnavailableError, match=message):
-        attention(QUERY, KEY, VALUE, backend=backend)
+        attention(QUERY, KEY, VALUE, backend="cuda")
 
 
 def test_errors_are_the_usual_python_errors():

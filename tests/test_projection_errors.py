@@ -76,7 +76,7 @@ IN_CASES = [
     (
         {"backend": "fast"},
         InvalidArgumentError,
-        "backend: wanted one of ('auto', 'reference', 'cpu'), got fast",
+        "backend: wanted one of ('auto', 'reference', 'cpu', 'triton'), got fast",
     ),
 ]
 OUT_CASES = [
@@ -135,7 +135,7 @@ OUT_CASES = [
         InvalidArgumentError,
         "gate: wanted finite values, got NaN or infinity in a float32 tensor [4]",
     ),
-    ({"backend": None}, InvalidArgumentError, "backend: wanted one of ('auto', 'reference', 'cpu'), got NoneType None"),
+    ({"backend": None}, InvalidArgumentError, "backend: wanted one of ('auto', 'reference', 'cpu', 'triton'), got NoneType None"),
 ]
 
 
@@ -165,11 +165,10 @@ def calls():
     return [lambda **options: sh.in_projection(**IN | options), lambda **options: sh.out_projection(**OUT | options)]
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_backends_of_other_machines(calls, backend):
+def test_backends_that_are_not_built(calls):
     for call in calls:
-        with pytest.raises(BackendUnavailableError, match=f"backend: projections have no '{backend}' kernels yet; use"):
-            call(backend=backend)
+        with pytest.raises(BackendUnavailableError, match="backend: projections have no 'cuda' kernels yet; use"):
+            call(backend="cuda")
 
 
 def test_the_cpu_kernels_run_outside_autocast_and_transforms(calls):

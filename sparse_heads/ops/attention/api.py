@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from ... import _native
+from ... import _native, _triton
 from ..._attention_arguments import check_head_arguments, check_score_arguments, visible_span, without_autocast
 from ...errors import BackendUnavailableError, UnsupportedError, warn_of_reference
 from .cpu import attention_cpu
 from .reference import attention_reference
 from .sdpa import attention_sdpa
-from .validation import check_backend, check_inputs
+from .triton import attention_triton
+from .validation import beyond_triton, check_backend, check_inputs
 
 
 def attention(
@@ -65,12 +66,15 @@ def attention(
         backend: "reference": everything here, any number of derivatives, but masked heads cost as much as others.
             "cpu": everything here by the C++ extension, which runs the (request, head) pairs that are on and no other,
             and reads keys and values where they lie; first derivatives.
+            "triton": everything here on a CUDA device of compute capability 8.0 or more, float16, bfloat16 and float32,
+            head dimensions up to 256: likewise, without synchronising; first derivatives.
             "sdpa": all but softcap and sinks; the kept heads gathered, then PyTorch's SDPA. On a GPU a head_mask
             synchronises with the host once, for its count. Under a mask [B, H] the last bits of a request's output can
             depend on how many heads other requests keep.
             "auto": on a CPU with AVX-512 cpu, but sdpa for float64; elsewhere sdpa. What sdpa does not cover, and a
-            mask [B, H], where no bit of a request's output may depend on other requests, run on any CPU by cpu, and by
-            the reference on other devices, without the extension, inside torch.func transforms and in forward mode.
+            mask [B, H], where no bit of a request's output may depend on other requests, run on any CPU by cpu, on a
+            CUDA device by triton, and by the reference where these cannot run (warned of once), inside torch.func
+            transforms and in forward mode.
 
     Returns:
         [B, H, T, Dv] in the dtype of query, under autocast too. A query with every key hidden (False or -inf) gets
@@ -80,10 +84,10 @@ def attention(
         InvalidTypeError: an argument of the wrong type or dtype.
         InvalidArgumentError: a wrong shape, device or value, or an unknown backend. The values of gates
             and sinks (finite; sinks of heads that run, also -inf) are looked at on a CPU only.
-        UnsupportedError: softcap or sinks with backend "sdpa"; "cpu" inside torch.func transforms or in forward mode,
-            or differentiated twice.
-        BackendUnavailableError: "cpu" without the extension or for tensors elsewhere; "triton" and "cuda", which have
-            no attention kernel yet.
+        UnsupportedError: softcap or sinks with backend "sdpa"; "cpu" and "triton" inside torch.func transforms, in
+            forward mode, or differentiated twice; dtypes and head dimensions that "triton" does not take.
+        BackendUnavailableError: "cpu" without the extension or for tensors elsewhere; "triton" without Triton 3.6 or
+            for tensors elsewhere; "cuda", which has no attention kernel yet.
 
     Sources: FlashAttention 2.1 (alignment of causal masks, windows), Gemma 2, arXiv 2408.00118 (softcap), gpt-oss,
     arXiv 2508.10925 (sinks).
@@ -127,13 +131,12 @@ def attend(
     kv_heads: int64 [H], the key/value head that each query head reads; None = h // (H / H_kv).
     span: `visible_span(is_causal, window)`, how many keys before and after its own position a query sees.
     """
-    implementation = _choose(backend, query, head_mask, softcap, sinks)
+    implementation = _choose(backend, query, value, head_mask, softcap, sinks)
     options = {"gate": gate, "attn_mask": attn_mask, "span": span, "scale": scale}
     with without_autocast(query.device.type):
-        if implementation == "cpu":
-            return attention_cpu(
-                query, key, value, head_mask, kv_heads=kv_heads, softcap=softcap, sinks=sinks, **options
-            )
+        if implementation in ("cpu", "triton"):
+            kernel = attention_cpu if implementation == "cpu" else attention_triton
+            return kernel(query, key, value, head_mask, kv_heads=kv_heads, softcap=softcap, sinks=sinks, **options)
         if kv_heads is not None:
             key, value = key.index_select(1, kv_heads), value.index_select(1, kv_heads)
         if implementation == "reference":
@@ -144,32 +147,49 @@ def attend(
 def _choose(
     backend: str,
     query: torch.Tensor,
+    value: torch.Tensor,
     head_mask: torch.Tensor | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> str:
-    """One of "reference", "sdpa" and "cpu"; raises where the kernel is asked for by name and cannot run."""
+    """One of "reference", "sdpa", "cpu" and "triton"; raises where a kernel is asked for by name and cannot run."""
     if backend in ("reference", "sdpa"):
         return backend
-    on_cpu = query.device.type == "cpu"
+    device = query.device
     transformed = torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
-    if backend == "cpu":
-        _native.load()
-        if not on_cpu:
-            raise BackendUnavailableError(f"backend: 'cpu' needs tensors on the CPU, got {query.device}")
+    if backend != "auto":
+        _require(backend, query, value)
         if transformed:
             raise UnsupportedError(
-                "backend: 'cpu' runs neither inside torch.func transforms nor in forward mode; use 'reference'"
+                f"backend: {backend!r} runs neither inside torch.func transforms nor in forward mode; use 'reference'"
             )
-        return "cpu"
+        return backend
     per_request = head_mask is not None and head_mask.dim() == 2
     beyond_sdpa = per_request or softcap is not None or sinks is not None
-    if on_cpu and not transformed and (beyond_sdpa or _kernel_is_faster(query)):
+    if device.type == "cpu" and not transformed and (beyond_sdpa or _kernel_is_faster(query)):
         if _native.available():
             return "cpu"
         if beyond_sdpa:
             warn_of_reference("attention runs", "the C++ extension", _native.why_unavailable(), stacklevel=4)
+    if device.type == "cuda" and beyond_sdpa and not transformed and beyond_triton(query, value) is None:
+        reason = _triton.why_not_on(device)
+        if reason is None:
+            return "triton"
+        warn_of_reference("attention runs", "Triton", reason, stacklevel=4)
     return "reference" if beyond_sdpa else "sdpa"
+
+
+def _require(backend: str, query: torch.Tensor, value: torch.Tensor) -> None:
+    """Raise where the kernels of `backend` cannot run on these inputs."""
+    if backend == "triton":
+        _triton.require(query.device)
+        beyond = beyond_triton(query, value)
+        if beyond is not None:
+            raise UnsupportedError(beyond)
+        return
+    _native.load()
+    if query.device.type != "cpu":
+        raise BackendUnavailableError(f"backend: 'cpu' needs tensors on the CPU, got {query.device}")
 
 
 def _kernel_is_faster(query: torch.Tensor) -> bool:

@@ -7,9 +7,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ... import _native
+from ... import _native, _triton
 from ...errors import BackendUnavailableError, UnsupportedError, invalid, warn_of_reference
-from . import cpu, reference
+from . import cpu, reference, triton
 from .validation import (
     as_sequence,
     check_bias,
@@ -20,7 +20,8 @@ from .validation import (
     check_weight,
 )
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "triton")
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def in_projection(
@@ -46,7 +47,9 @@ def in_projection(
         bias: `[H*D]` or None; for a tuple of weights a tuple of the same length, or None.
         head_mask: bool `[H]` (shared) or `[B, H]` (one row a request), True = the head runs; None = all heads.
         head_dim: `D`.
-        backend: `"auto"`, `"reference"` or `"cpu"` (the C++ extension).
+        backend: `"reference"`, `"cpu"` (the C++ extension), `"triton"` (CUDA devices of compute capability 8.0 or more;
+            float16, bfloat16, float32), or `"auto"`: cpu on a CPU; on a CUDA device triton under a mask a request, and
+            the reference, kept rows gathered and PyTorch's product, under a shared mask.
 
     Returns:
         `[B, kept, T, D]` under a shared mask, `[B, H, T, D]` with zero rows for masked heads under a mask per request;
@@ -103,7 +106,7 @@ def out_projection(
         head_mask: bool `[H]` or `[B, H]`, True = the head runs; None = all heads.
         gate: float `[H]` or `[B, H]`, multiplies heads before the projection; differentiable, exact also at 0;
             masked heads' gates get a zero gradient.
-        backend: `"auto"`, `"reference"` or `"cpu"` (the C++ extension).
+        backend: as for `in_projection`; "triton" multiplies with the gate as it loads the heads.
 
     Returns:
         `[B, T, E]`, differentiable.
@@ -127,11 +130,16 @@ def out_projection(
     if head_mask.dim() == 2:
         if given != num_heads:
             raise invalid("heads", f"{num_heads} heads", heads)
+        if implementation is triton:
+            tokens = heads.transpose(1, 2)
+            return triton.out_projection_per_request(tokens, weight, bias, head_mask, head_dim, gate)
         tokens = _tokens_per_request(heads, gate, head_mask)
         return implementation.out_projection_per_request(tokens, weight, bias, head_mask, head_dim)
     kept = head_mask.nonzero()[:, 0]
     if given not in (num_heads, kept.shape[0]):
         raise invalid("heads", f"{num_heads} heads, or the {kept.shape[0]} kept ones", heads)
+    if implementation is triton:
+        return triton.out_projection(heads.transpose(1, 2), weight, bias, kept, head_dim, gate)
     if given == num_heads and (gate is not None or heads.stride(1) != head_dim):
         # Masked heads are not copied, and leave before the gate: their values, also NaN, must not reach its gradient.
         heads = heads.index_select(1, kept)
@@ -160,12 +168,13 @@ def _times_gate(heads: Tensor, gate: Tensor) -> Tensor:
 
 def check_backend(backend: str) -> None:
     """Raise unless the projections can run on the backend of that name, on some tensor."""
-    if backend in ("triton", "cuda"):
+    if backend == "cuda":
         raise BackendUnavailableError(f"backend: projections have no {backend!r} kernels yet; use one of {BACKENDS}")
     if backend not in BACKENDS:
         raise invalid("backend", f"one of {BACKENDS}", backend)
-    if backend == "cpu" and not _native.available():
-        raise BackendUnavailableError(f"backend: 'cpu' is not available: {_native.why_unavailable()}")
+    reason = {"cpu": _native.why_unavailable, "triton": _triton.why_unavailable}.get(backend, lambda: None)()
+    if reason is not None:
+        raise BackendUnavailableError(f"backend: {backend!r} is not available: {reason}")
 
 
 def choose(backend: str, x: Tensor, per_request: bool) -> ModuleType:
@@ -173,24 +182,38 @@ def choose(backend: str, x: Tensor, per_request: bool) -> ModuleType:
     cannot run."""
     if backend == "reference":
         return reference
-    on_cpu = x.device.type == "cpu"
-    autocast = on_cpu and torch.is_autocast_enabled("cpu")
     # Forward mode would take the kernels as constants.
     transformed = torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
     if backend == "auto":
-        if not on_cpu or autocast or transformed:
-            return reference
-        if _native.available():
-            return cpu
-        warn_of_reference("the projections run", "the C++ extension", _native.why_unavailable(), stacklevel=3)
-        return reference
+        return reference if transformed else _fastest(x, per_request)
     check_backend(backend)
-    if not on_cpu:
-        raise BackendUnavailableError(f"backend: 'cpu' needs tensors on the CPU, got {x.device}")
-    if autocast:
-        raise UnsupportedError("backend: 'cpu' does not run under autocast; use 'auto' or 'reference'")
     if transformed:
         raise UnsupportedError(
-            "backend: 'cpu' runs neither inside torch.func transforms nor in forward mode; use 'auto' or 'reference'"
+            f"backend: {backend!r} runs neither inside torch.func transforms nor in forward mode; use 'auto' or "
+            "'reference'"
         )
+    if backend == "triton":
+        _triton.require(x.device)
+        if x.dtype not in TRITON_DTYPES:
+            raise UnsupportedError(f"backend: 'triton' takes float16, bfloat16 and float32, got {x.dtype}")
+        return triton
+    if x.device.type != "cpu":
+        raise BackendUnavailableError(f"backend: 'cpu' needs tensors on the CPU, got {x.device}")
+    if torch.is_autocast_enabled("cpu"):
+        raise UnsupportedError("backend: 'cpu' does not run under autocast; use 'auto' or 'reference'")
     return cpu
+
+
+def _fastest(x: Tensor, per_request: bool) -> ModuleType:
+    """What `auto` is for tensors like `x`."""
+    if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        if _native.available():
+            return cpu
+        warn_of_reference("the projections run", "the C++ extension", _native.why_unavailable(), stacklevel=4)
+    # The reference counts each request's heads on the host.
+    if x.device.type == "cuda" and per_request and x.dtype in TRITON_DTYPES:
+        reason = _triton.why_not_on(x.device)
+        if reason is None:
+            return triton
+        warn_of_reference("the projections run", "Triton", reason, stacklevel=4)
+    return reference
