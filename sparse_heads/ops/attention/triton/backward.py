@@ -54,35 +54,35 @@ def attention_backward(
         sizes = [tensor.shape[dimension] for dimension in (0, 2, 1, 3)]
         return (tensor.new_zeros if zeros else tensor.new_empty)(sizes).transpose(1, 2)
 
-    def sums(want: bool, tiles: int) -> Tensor | None:
-        return query.new_empty((batch, heads, tiles), dtype=torch.float32) if want else None
-
     some_off = head_mask is not None or kv_heads is not None
     query_gradient = gradient_like(query, zeros=head_mask is not None) if want_query else None
     key_gradient = gradient_like(key, zeros=some_off) if want_key else None
     value_gradient = gradient_like(value, zeros=some_off) if want_value else None
     mask_gradient = query.new_zeros((batch, heads, tokens, keys), dtype=torch.float32) if want_mask else None
 
-    prepare = config("backward prepare", tokens)
-    tiles = -(-tokens // prepare.block_m)
-    delta = sums(want_query or want_key or want_mask, tokens)
-    gate_sums, sink_sums = sums(want_gate, tiles), sums(want_sinks, tiles)
-    if any(tensor is not None for tensor in (delta, gate_sums, sink_sums)):
-        prepare_launch(
-            grad, output_ungated, logsumexp, head_mask, gate, sinks, delta, gate_sums, sink_sums, prepare
-        ).run()
+    prepare, over_keys = config("backward prepare", tokens), config("backward keys", tokens)
+    over_queries = config("backward queries", tokens * group)
+    block = max(prepare.block_m, over_keys.block_m)
+    padded_tokens = -(-tokens // block) * block
+    statistics = None
+    if want_query or want_key or want_value or want_mask:
+        statistics = query.new_empty((2, batch, heads, padded_tokens), dtype=torch.float32)
+    tiles = padded_tokens // prepare.block_m
+    gate_sums, sink_sums = (
+        query.new_empty((batch, heads, tiles), dtype=torch.float32) if want else None
+        for want in (want_gate, want_sinks)
+    )
+    prepare_launch(
+        grad, output_ungated, logsumexp, head_mask, gate, sinks, statistics, gate_sums, sink_sums, prepare
+    ).run()
 
-    work = None
-    if some_off and any((want_query, want_key, want_value, want_mask)):
-        work = attention_work_list(head_mask, kv_heads, batch, heads, key.shape[1], query.device)
-    inputs = (query, key, value, attn_mask, grad, logsumexp, delta, gate)
+    work = attention_work_list(head_mask, kv_heads, batch, heads, key.shape[1], query.device) if some_off else None
+    inputs = (query, key, value, attn_mask, grad, statistics, gate)
     options = {"span": (left, right), "scale": scale, "softcap": softcap, "group": group, "tf32": tf32}
     if want_key or want_value:
-        chosen = config("backward keys", tokens)
-        keys_launch(*inputs, key_gradient, value_gradient, work, chosen, **options).run()
+        keys_launch(*inputs, key_gradient, value_gradient, work, over_keys, **options).run()
     if want_query or want_mask:
-        chosen = config("backward queries", tokens * group)
-        queries_launch(*inputs, query_gradient, mask_gradient, work, chosen, **options).run()
+        queries_launch(*inputs, query_gradient, mask_gradient, work, over_queries, **options).run()
 
     gate_gradient, sink_gradient = (None if partial is None else partial.sum(-1) for partial in (gate_sums, sink_sums))
     gradients = (query_gradient, key_gradient, value_gradient, gate_gradient, mask_gradient, sink_gradient)

@@ -1,4 +1,4 @@
-"""The pass before the others: rowsum(grad * output), which gives the gradients of gates and sinks too."""
+"""The pass before the others: what they need of every row, and from it the gradients of gates and sinks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 from ...._triton.launch import Launch
 from .configs import Config, padded
-from .primitives import load_rows
+from .primitives import LOG2_E, load_rows
 
 
 @triton.jit
 def _attention_backward_prepare(
     grad, grad_strides, output, output_strides, logsumexp, head_mask, mask_strides, gate, gate_strides,
-    sinks, sink_stride, delta, gate_sums, sink_sums, num_heads, tokens, tiles,
+    sinks, sink_stride, statistics, gate_sums, sink_sums, num_heads, tokens, tiles,
     VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M tokens of one head: sums of grad * output over the columns, and what they add for its gate and sink."""
+    """BLOCK_M tokens of one head: the rows' statistics, and what they add to the gradients of its gate and its sink."""
     program = tl.program_id(0).to(tl.int64)
     row_of_heads = program // tiles
     request = row_of_heads // num_heads
@@ -30,16 +30,18 @@ def _attention_backward_prepare(
             tl.store(sink_sums + program, 0.0)
         return
     token = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = token < tokens
-    log_sum = tl.load(logsumexp + row_of_heads * tokens + token, mask=valid, other=float("inf"))
+    exists = token < tokens
+    log_sum = tl.load(logsumexp + row_of_heads * tokens + token, mask=exists, other=float("inf"))
     grad += request * grad_strides[0] + head * grad_strides[1]
     output += request * output_strides[0] + head * output_strides[1]
-    grad_rows = load_rows(grad + token * grad_strides[2], grad_strides[3], valid, VALUE_DIM, BLOCK_V)
-    output_rows = load_rows(output + token * output_strides[2], output_strides[3], valid, VALUE_DIM, BLOCK_V)
+    grad_rows = load_rows(grad + token * grad_strides[2], grad_strides[3], exists, VALUE_DIM, BLOCK_V)
+    output_rows = load_rows(output + token * output_strides[2], output_strides[3], exists, VALUE_DIM, BLOCK_V)
     # The output of a query that sees no key is a constant, whatever its gradient holds.
     sums = tl.where(log_sum == float("inf"), 0.0, tl.sum(grad_rows.to(tl.float32) * output_rows.to(tl.float32), 1))
-    if delta is not None:
-        tl.store(delta + row_of_heads * tokens + token, sums, mask=valid)
+    if statistics is not None:
+        place = statistics + row_of_heads * (tiles * BLOCK_M) + token
+        tl.store(place, log_sum * LOG2_E)
+        tl.store(place + tl.num_programs(0).to(tl.int64) * BLOCK_M, sums)
     if gate_sums is not None:
         tl.store(gate_sums + program, tl.sum(sums, 0))
     if sink_sums is not None:
@@ -56,16 +58,17 @@ def prepare_launch(
     head_mask: Tensor | None,
     gate: Tensor | None,
     sinks: Tensor | None,
-    delta: Tensor | None,
+    statistics: Tensor | None,
     gate_sums: Tensor | None,
     sink_sums: Tensor | None,
     config: Config,
 ) -> Launch:
-    """Of the heads that run, fills delta [B, H, T] with rowsum(grad * output_ungated); and of all heads gate_sums and
-    sink_sums [B, H, tiles], what each tile of tokens adds to these gradients. What is not wanted is None."""
+    """Fills, of the heads that run, statistics [2, B, H, padded tokens] with log2(e) * logsumexp and the softmax delta
+    over the gate, rowsum(grad * output_ungated), and past the last token with infinity and 0; and of all heads gate_sums
+    and sink_sums [B, H, tiles] with what each tile of tokens adds to these gradients. What is not wanted is None."""
     batch, heads, tokens, value_dim = grad.shape
     head_mask, gate = (None if tensor is None else tensor.expand(batch, heads) for tensor in (head_mask, gate))
-    tiles = triton.cdiv(tokens, config.block_m)
+    tiles = triton.cdiv(tokens if statistics is None else statistics.shape[3], config.block_m)
     arguments = {
         "grad": grad,
         "grad_strides": grad.stride(),
@@ -78,7 +81,7 @@ def prepare_launch(
         "gate_strides": None if gate is None else gate.stride(),
         "sinks": sinks,
         "sink_stride": None if sinks is None else sinks.stride(0),
-        "delta": delta,
+        "statistics": statistics,
         "gate_sums": gate_sums,
         "sink_sums": sink_sums,
         "num_heads": heads,

@@ -28,27 +28,39 @@ def block_start(index, low, full_low, full_high, BLOCK: tl.constexpr, BOUNDARY: 
 
 
 @triton.jit
-def tile_gradients(
-    products, value_products, log2_sum, delta, gate, scale, softcap,
-    attn_mask, key_stride, position, key, keys, left, right,
-    BOUNDARY: tl.constexpr, EMPTY_ROWS: tl.constexpr,
+def gated_probabilities(
+    products, log2_sum, gate, scale, softcap, attn_mask, key_stride, position, key, keys, left, right,
+    BOUNDARY: tl.constexpr,
 ):  # fmt: skip
-    """(probabilities, gradients of the scores, gradients of the products / scale) of a tile of either orientation.
+    """Of a tile of products of queries and keys, of either orientation; gate: None = 1.
 
-    products: of queries and keys; value_products: of the output's gradient and values. The scores are those after
-    softcap. gate multiplies the results, None = no gate. What belongs to queries (log2_sum, delta, attn_mask, position)
-    and to keys is shaped to broadcast. EMPTY_ROWS: some query may see no key, and meet values that are not finite.
+    What belongs to queries (log2_sum, gate, attn_mask, position) and to keys (key) is shaped to broadcast.
     """
     scores = log2_scores(products, scale, softcap)
     scores = masked(scores, attn_mask, key_stride, position, key, keys, left, right, BOUNDARY)
     probabilities = tl.exp2(scores - log2_sum)
     if gate is not None:
         probabilities *= gate
-    score_gradients = probabilities * (value_products - delta)
-    product_gradients = score_gradients
-    if softcap is not None:
-        product_gradients *= softcap_slope(products, scale, softcap)
+    return probabilities
+
+
+@triton.jit
+def score_gradients(probabilities, value_products, log2_sum, delta, EMPTY_ROWS: tl.constexpr):
+    """Of a tile; the scores are those after softcap, value_products those of the output's gradient and the values.
+
+    EMPTY_ROWS: some query may see no key, and meet values that are not finite.
+    """
+    gradients = probabilities * (value_products - delta)
     if EMPTY_ROWS:
-        score_gradients = tl.where(log2_sum == float("inf"), 0.0, score_gradients)
-        product_gradients = tl.where(log2_sum == float("inf"), 0.0, product_gradients)
-    return probabilities, score_gradients, product_gradients
+        gradients = tl.where(log2_sum == float("inf"), 0.0, gradients)
+    return gradients
+
+
+@triton.jit
+def product_gradients(gradients, products, log2_sum, scale, softcap, EMPTY_ROWS: tl.constexpr):
+    """Of a tile, divided by scale, from those of the scores."""
+    if softcap is not None:
+        gradients *= softcap_slope(products, scale, softcap)
+        if EMPTY_ROWS:
+            gradients = tl.where(log2_sum == float("inf"), 0.0, gradients)
+    return gradients

@@ -12,9 +12,9 @@ from ...._triton.launch import Launch
 from ...._triton.primitives import dot
 from ...._triton.work_list import WorkList
 from .backward_arguments import backward_arguments
-from .backward_primitives import block_count, block_start, tile_gradients
+from .backward_primitives import block_count, block_start, gated_probabilities, product_gradients, score_gradients
 from .configs import Config
-from .primitives import LOG2_E, key_range, load_rows, packed_rows, store_rows, work_item
+from .primitives import key_range, load_rows, packed_rows, store_rows, work_item
 
 
 @triton.jit
@@ -36,14 +36,16 @@ def _add_keys(
         products = dot(q, tl.trans(k), zeros, PRECISION)
         value_products = dot(g, tl.trans(v), zeros, PRECISION)
         key_stride = None if attn_mask is None else mask_strides[3]
-        _, score_gradients, gradients = tile_gradients(
-            products, value_products, log2_sum, delta, gate, scale, softcap,
-            attn_mask, key_stride, position, index[None, :], keys, left, right, BOUNDARY, EMPTY_ROWS,
+        probabilities = gated_probabilities(
+            products, log2_sum, gate, scale, softcap, attn_mask, key_stride, position, index[None, :], keys, left, right,
+            BOUNDARY,
         )  # fmt: skip
+        gradients = score_gradients(probabilities, value_products, log2_sum, delta, EMPTY_ROWS)
         if mask_gradient is not None:
             written = valid[:, None] & (index < keys)[None, :]
-            tl.store(mask_gradient[:, None] + row[None, :], score_gradients, mask=written)
+            tl.store(mask_gradient[:, None] + row[None, :], gradients, mask=written)
         if WANT_QUERY:
+            gradients = product_gradients(gradients, products, log2_sum, scale, softcap, EMPTY_ROWS)
             query_sums = dot(gradients.to(k.dtype), k, query_sums, PRECISION)
     return query_sums
 
@@ -51,7 +53,7 @@ def _add_keys(
 @triton.jit
 def _attention_backward_queries(
     query, query_strides, key, key_strides, value, value_strides, attn_mask, mask_strides,
-    grad, grad_strides, logsumexp, delta, gate, gate_strides, query_gradient, query_gradient_strides, mask_gradient,
+    grad, grad_strides, statistics, delta_offset, padded_tokens, gate, gate_strides, query_gradient, query_gradient_strides, mask_gradient,
     heads, items, item_count, num_heads, kv_heads, tokens, keys, left, right, scale, softcap, tiles, turns,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EMPTY_ROWS: tl.constexpr,
@@ -70,8 +72,9 @@ def _attention_backward_queries(
     grad += request * grad_strides[0] + head * grad_strides[1] + row * grad_strides[2]
     q = load_rows(query, query_strides[3], None, HEAD_DIM, BLOCK_D)
     g = load_rows(grad, grad_strides[3], None, VALUE_DIM, BLOCK_V)
-    statistics = (request * num_heads + head) * tokens + row
-    log2_sum = (tl.load(logsumexp + statistics) * LOG2_E)[:, None]
+    statistics += (request * num_heads + head) * padded_tokens + row
+    log2_sum = tl.load(statistics)[:, None]
+    delta = tl.load(statistics + delta_offset)[:, None]
     key += request * key_strides[0] + kv_head * key_strides[1]
     value += request * value_strides[0] + kv_head * value_strides[1]
     if attn_mask is not None:
@@ -80,7 +83,7 @@ def _attention_backward_queries(
     if gate is not None:
         row_gate = tl.load(gate + request * gate_strides[0] + head * gate_strides[1])[:, None]
     if mask_gradient is not None:
-        mask_gradient += statistics * keys
+        mask_gradient += ((request * num_heads + head) * tokens + row) * keys
 
     last_row = tl.minimum(first_row + BLOCK_M, tokens * count) - 1
     low, full_low, full_high, high = key_range(
@@ -89,7 +92,7 @@ def _attention_backward_queries(
     query_sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for BOUNDARY in tl.static_range(2):
         query_sums = _add_keys(
-            query_sums, q, g, log2_sum, tl.load(delta + statistics)[:, None], row_gate,
+            query_sums, q, g, log2_sum, delta, row_gate,
             key, key_strides, value, value_strides, attn_mask, mask_strides, mask_gradient, valid,
             low, full_low, full_high, high, (token + keys - tokens)[:, None], keys, left, right, scale, softcap,
             BOUNDARY, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, EMPTY_ROWS, query_gradient is not None, PRECISION,
@@ -111,8 +114,7 @@ def queries_launch(
     value: Tensor,
     attn_mask: Tensor | None,
     grad: Tensor,
-    logsumexp: Tensor,
-    delta: Tensor,
+    statistics: Tensor,
     gate: Tensor | None,
     query_gradient: Tensor | None,
     mask_gradient: Tensor | None,
@@ -124,14 +126,14 @@ def queries_launch(
 ) -> Launch:
     """Fills the gradients that are wanted (None = not) of the query heads in work (None = all).
 
-    mask_gradient [B, H, T, S]: contiguous float32, zeros before, of which what is visible is written. delta: as
-    `prepare_launch` fills it; options: as in `backward_arguments`.
+    mask_gradient [B, H, T, S]: contiguous float32, zeros before, of which what is visible is written. statistics: as
+    `prepare_launch` fills them; options: as in `backward_arguments`.
     """
     batch, _, tokens, _ = query.shape
     tiles = triton.cdiv(tokens * group, config.block_m)
     arguments = {
         **backward_arguments(
-            query, key, value, attn_mask, grad, logsumexp, delta, gate, work, config, group=group, **options
+            query, key, value, attn_mask, grad, statistics, gate, work, config, group=group, **options
         ),
         "query_gradient": query_gradient,
         "query_gradient_strides": None if query_gradient is None else query_gradient.stride(),
