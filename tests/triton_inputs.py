@@ -57,7 +57,7 @@ def attend_reference(**arguments: Any) -> torch.Tensor:
 
 
 def attend_eagerly(**arguments: Any) -> torch.Tensor:
-    """The same in plain operators of the inputs' precision: products and probabilities in it, the softmax in float32."""
+    """The same in plain operators: products and probabilities in the inputs' precision, the softmax in float32."""
     given = _gathered(arguments)
     query, key, value = (given[name] for name in ("query", "key", "value"))
     batch, heads, queries, head_dim = query.shape

@@ -104,6 +104,7 @@ def _attention_forward(
         row_sum = row_sum * correction + tl.exp2(sink - top)
         accumulator *= correction[:, None]
         row_max = top
+    row_sum = tl.where(sees_a_key, row_sum, 1.0)
     attended = tl.where(sees_a_key[:, None], accumulator * (1.0 / row_sum)[:, None], 0.0)
     place = request * output_strides[0] + head * output_strides[1] + token.to(tl.int64) * output_strides[2]
     if ungated is not None:
