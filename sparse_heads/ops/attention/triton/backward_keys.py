@@ -47,18 +47,19 @@ def _add_tokens(
     gate, gate_stride, attn_mask, mask_strides, heads, start, count, low, full_low, full_high, high,
     index, tokens, keys, left, right, scale, softcap,
     BOUNDARY: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, EMPTY_ROWS: tl.constexpr, WANT_KEY: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, EMPTY_ROWS: tl.constexpr, WANT_KEY: tl.constexpr,
     WANT_VALUE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sums, and what the tokens that need masks (BOUNDARY) or need none add to them, of one head after the other."""
+    """The sums, and what the tokens that need masks (BOUNDARY), or need none, add to them, head after head.
+
+    GROUP: the most heads that there can be; a single one's gate is left to the caller.
+    """
     blocks = block_count(low, full_low, full_high, high, BLOCK_M, BOUNDARY)
     # One loop over heads and tokens: a loop in a loop keeps two sets of addresses, and registers are short.
-    for step in range(count * blocks):
-        head = start + step // blocks
-        if heads is not None:
-            head = tl.load(heads + head)
-        head = head.to(tl.int64)
-        token = block_start(step % blocks, low, full_low, full_high, BLOCK_M, BOUNDARY) + tl.arange(0, BLOCK_M)
+    place, block = start, 0
+    for _ in range(count * blocks):
+        head = (place if heads is None else tl.load(heads + place)).to(tl.int64)
+        token = block_start(block, low, full_low, full_high, BLOCK_M, BOUNDARY) + tl.arange(0, BLOCK_M)
         exists = token < tokens
         row = token.to(tl.int64)
         query_rows = query + head * query_strides[1] + row * query_strides[2]
@@ -76,7 +77,7 @@ def _add_tokens(
         if attn_mask is not None:
             mask_row = head * mask_strides[1] + tl.minimum(row, tokens - 1) * mask_strides[2]
             mask_rows, key_stride = attn_mask + mask_row[None, :], mask_strides[3]
-        if gate is not None:
+        if (gate is not None) and (GROUP > 1):
             head_gate = tl.load(gate + head * gate_stride)
         # Tiles of scores lie [keys, tokens]: both sums multiply what is in registers already.
         zeros = tl.zeros([k.shape[0], BLOCK_M], tl.float32)
@@ -95,6 +96,10 @@ def _add_tokens(
             gradients = score_gradients(probabilities.to(tl.float32), value_products, log2_sum, delta, EMPTY_ROWS)
             gradients = product_gradients(gradients, products, log2_sum, scale, softcap, EMPTY_ROWS)
             key_sums = dot(gradients.to(q.dtype), q, key_sums, PRECISION)
+        block += 1
+        if GROUP > 1:
+            place = tl.where(block == blocks, place + 1, place)
+            block = tl.where(block == blocks, 0, block)
     return key_sums, value_sums
 
 
@@ -142,10 +147,15 @@ def _attention_backward_keys(
                 key_sums, value_sums, k, v, query, query_strides, grad, grad_strides,
                 statistics, delta_offset, padded_tokens, gate, gate_stride, attn_mask, mask_strides,
                 heads, start, count, low, full_low, full_high, high, index, tokens, keys, left, right, scale, softcap,
-                BOUNDARY, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, EMPTY_ROWS,
+                BOUNDARY, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, GROUP, EMPTY_ROWS,
                 key_gradient is not None, value_gradient is not None, PRECISION,
             )  # fmt: skip
 
+    if (gate is not None) and (GROUP == 1):
+        head = (start if heads is None else tl.load(heads + start)).to(tl.int64)
+        head_gate = tl.load(gate + head * gate_stride)
+        key_sums *= head_gate
+        value_sums *= head_gate
     # The same numbers again, which the compiler cannot tell: kept through the loops they would cost registers.
     index = first_key + tl.minimum(count, 0) + tl.arange(0, BLOCK_N)
     row = index.to(tl.int64)
