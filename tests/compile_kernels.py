@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +48,25 @@ def gather(cases: str, capabilities: list[tuple[int, int]]) -> list[Job]:
     return list(found.values())
 
 
+def describe(job: Job) -> dict[str, Any]:
+    """What is to be compiled."""
+    constants = {
+        name: value
+        for name, value in job.launch.arguments.items()
+        if name.isupper() and isinstance(value, (bool, int, str))
+    }
+    return {
+        "case": name_of(job.case),
+        "dtype": str(job.case.dtype).removeprefix("torch."),
+        "kernel": job.launch.kernel.__name__,
+        "capability": list(job.capability),
+        "constants": constants,
+        "options": job.launch.options,
+    }
+
+
 def record(job: Job) -> dict[str, Any]:
+    """What is to be compiled, and what became of it."""
     compiled: Compiled | None = None
     error = None
     try:
@@ -56,20 +75,9 @@ def record(job: Job) -> dict[str, Any]:
         causes = [failure]
         while causes[-1].__cause__ is not None:
             causes.append(causes[-1].__cause__)
-        error = "\n".join(f"{type(cause).__name__}: {cause}" for cause in causes)
-    constants = {
-        name: value for name, value in job.launch.arguments.items() if isinstance(value, (bool, int, str, type(None)))
-    }
-    return {
-        "case": name_of(job.case),
-        "dtype": str(job.case.dtype).removeprefix("torch."),
-        "kernel": job.launch.kernel.__name__,
-        "capability": list(job.capability),
-        "constants": {name: value for name, value in constants.items() if name.isupper()},
-        "options": job.launch.options,
-        "error": error,
-        **(compiled._asdict() if compiled else {}),
-    }
+        # ptxas hands the whole program back.
+        error = "\n".join(textwrap.shorten(f"{type(cause).__name__}: {cause}", 1000) for cause in causes)
+    return {**describe(job), "error": error, **(compiled._asdict() if compiled else {})}
 
 
 def _record(index: int) -> dict[str, Any]:
@@ -113,12 +121,14 @@ def main() -> None:
     parser.add_argument("--capability", action="append", help="such as 9.0; may be repeated (default: 8.0, 9.0, 10.0)")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--table", action="store_true", help="print what each kernel takes")
+    parser.add_argument("--plan", action="store_true", help="compile nothing, say what would be compiled")
     arguments = parser.parse_args()
     if interpreted():
         parser.error("TRITON_INTERPRET is set: kernels of the interpreter cannot be compiled")
     given = [tuple(map(int, text.split("."))) for text in arguments.capability or []]
-    records = compile_all(gather(arguments.cases, given or list(CAPABILITIES)), arguments.processes)
+    jobs = gather(arguments.cases, given or list(CAPABILITIES))
+    records = [describe(job) for job in jobs] if arguments.plan else compile_all(jobs, arguments.processes)
     if arguments.output:
         write(arguments.output, records)
     if arguments.table:

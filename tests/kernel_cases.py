@@ -156,20 +156,19 @@ CASES: list[Case] = [
         Attention(dim, dtype, tokens=tokens, keys=4096, **options)
         for dtype in (HALF, SINGLE)
         for dim in (64, 128, 256)
-        for tokens in (1, 4096)
-        for options in (
-            {},
-            {"kv_heads": 4, **EVERYTHING},
-            {"kv_heads": 4, "attn_mask": torch.bool, **EVERYTHING},
-            {"kv_heads": 4, "attn_mask": SINGLE, **EVERYTHING},
+        for tokens, options in (
+            (1, {}),
+            (1, {"softcap": 30.0, "attn_mask": SINGLE, "gate": True, "sinks": True}),
+            (4096, {"training": True}),
+            (4096, {"kv_heads": 4, **EVERYTHING}),
+            (4096, {"kv_heads": 4, **EVERYTHING, "attn_mask": SINGLE}),
         )
     ),
     *(Attention(dim, SINGLE, tf32=True, kv_heads=4, **EVERYTHING) for dim in (64, 128, 256)),
     *(
         Projections(dim, dtype, tf32, tokens=tokens, per_request=per_request, bias=extras, gate=extras, training=True)
         for dtype, tf32 in ((HALF, False), (SINGLE, True), (SINGLE, False))
-        for dim in (32, 64, 128)
-        for tokens in (16, 64, 512, 4096)
+        for dim, tokens in ((64, 16), (64, 64), (64, 512), (32, 4096), (64, 4096), (128, 4096))
         for per_request, extras in ((True, True), (False, False))
     ),
     # One option at a time, where heads are as they mostly are.
