@@ -6,6 +6,8 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,9 +16,9 @@ from typer.testing import CliRunner
 from benchmarks.gpu import attention, figures, layers, projections, races, report, runner, suites
 from benchmarks.gpu.__main__ import app
 from benchmarks.gpu.cases import DIRECTIONS, LEVELS, GpuCase
-from benchmarks.gpu.device import Host
+from benchmarks.gpu.device import Gpu, Host, session
 from benchmarks.gpu.inputs import Inputs
-from benchmarks.gpu.measure import Contender, gate, interleave, spread
+from benchmarks.gpu.measure import WARM_UPS, Contender, gate, interleave, spread
 from benchmarks.gpu.oracles import AttentionOracle, attention_pair, check_close
 from benchmarks.gpu.work import Work, attention_work, compact, projection_work, total, work_of
 from sparse_heads.ops.attention.reference import attention_reference
@@ -428,6 +430,63 @@ def test_the_report_names_figures_faults_and_the_machine(tmp_path):
     assert "skip efficiency" in short and "pseudo_sequences failed in 1" in short
     for words in ("a device", "1980 MHz", "no varlen_attn", "- a-case", "ours_all_on", "4.00 TB/s"):
         assert words in text
+
+
+# the GPU, with a stand-in for its events ------------------------------------------------------------------------------
+
+
+class Event:
+    """A CUDA event whose times come from a list of milliseconds."""
+
+    times: ClassVar[list[float]] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.time = None
+
+    def record(self) -> None:
+        self.time = self.times.pop(0)
+
+    def elapsed_time(self, other: Event) -> float:
+        return other.time - self.time
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    found = {"name": "a device", "L2_cache_size": 1 << 10, "major": 9, "minor": 0}
+    found |= {"multi_processor_count": 132, "total_memory": 1}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**found))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(Gpu, "torch_device", torch.device("cpu"))
+    device = Gpu()
+    device.flushed = device.flushed[:16]
+    return device
+
+
+def test_a_gpu_is_timed_by_its_events_for_as_many_rounds_as_the_case_has_time_for(gpu: Gpu, monkeypatch):
+    calls = []
+    contenders = [Contender(name, lambda name=name: calls.append(name), "forward") for name in ("one", "two")]
+    # Four stamps a contender say that one turn takes 300 ms; then every call takes 2.
+    monkeypatch.setattr(Event, "times", [0, 1, 2, 150] * 2 + [0, 2] * 100)
+    samples = interleave(contenders, gpu, seed=0)
+    assert samples["one"] == samples["two"] == [0.002] * 6
+    assert calls.count("one") == WARM_UPS + 1 + 6
+
+
+def test_the_passport_of_a_gpu_reads_clocks_and_sets_none(gpu: Gpu, monkeypatch):
+    asked = []
+
+    def answer(command: tuple[str, ...], **_: object) -> SimpleNamespace:
+        asked.append(command)
+        return SimpleNamespace(stdout="NVIDIA H200, 580.1, 1980 MHz\n", returncode=0)
+
+    monkeypatch.setattr("benchmarks.gpu.device.subprocess.run", answer)
+    monkeypatch.setattr("benchmarks.environment.subprocess.run", answer)
+    found = session(gpu)
+    assert found["device"]["capability"] == "9.0" and found["as_found"]["clocks.sm"] == "1980 MHz"
+    assert found["versions"]["torch"] == torch.__version__ and found["date"]
+    (command,) = (one for one in asked if one[0] == "nvidia-smi")
+    assert all(part.startswith(("--query-gpu=", "--format=")) for part in command[1:])
 
 
 # races ----------------------------------------------------------------------------------------------------------------

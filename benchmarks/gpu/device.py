@@ -26,7 +26,9 @@ class Gpu:
         properties = torch.cuda.get_device_properties(self.torch_device)
         self.name = properties.name
         # Written before every timed call: several times the cache, so that nothing of the call before is left there.
-        self.flushed = torch.empty(4 * max(properties.L2_cache_size, 1 << 26), dtype=torch.int8, device="cuda")
+        self.flushed = torch.empty(
+            4 * max(properties.L2_cache_size, 1 << 26), dtype=torch.int8, device=self.torch_device
+        )
 
     def flush(self) -> None:
         """Fill the L2 cache with something else."""

@@ -136,7 +136,7 @@ def request_figures(result: Result) -> list[Figure]:
     """Masks per request, forward."""
     cases = large(select(result, direction="forward", masks="requests"), PREFILL)
     figures = []
-    for level in ("attention", "block"):
+    for level in ("attention", "block", "in", "out"):
         chosen = [case for case in cases if case["level"] == level]
         found = {case["name"]: one for case in chosen if (one := skip_efficiency(case)) is not None}
         if found:

@@ -71,7 +71,7 @@ def our_contenders(case: GpuCase, inputs: Inputs, mask: Tensor, on_host: bool) -
         found.append(Contender(name, forward, case.direction, (inputs.grad,), leaves))
         if kernel == "sdpa" and not on_host:
             pinned = partial(dense.pinned, "cudnn")
-            found.append(Contender(f"{name}_cudnn", forward, case.direction, (inputs.grad,), leaves, settings=pinned))
+            found.append(Contender(f"cudnn_{name}", forward, case.direction, (inputs.grad,), leaves, settings=pinned))
     return found
 
 

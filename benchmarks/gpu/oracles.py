@@ -40,6 +40,17 @@ def check_close(name: str, actual: Tensor, eager: Tensor, exact: Tensor) -> None
             raise AssertionError(f"{name}: {measure} error {found:.3g}, allowed {limit:.3g} (values {of(exact):.3g})")
 
 
+def check_gate(name: str, actual: Tensor, exact: Tensor, allowance: Tensor) -> None:
+    """Fail unless each of these few sums is as close as its own terms allow."""
+    if not ((actual.double() - exact).abs() <= allowance).all():
+        raise AssertionError(f"{name}: {actual.tolist()}, wanted {exact.tolist()}, allowed {allowance.tolist()}")
+
+
+def gate_allowance(squares: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """Every term is rounded once or twice, by independent errors, and then their sum. squares: of the terms, summed."""
+    return (torch.finfo(dtype).eps * (4 * squares.sqrt() + gradient.abs())).double()
+
+
 def _mean(tensor: Tensor) -> float:
     return tensor.square().mean().sqrt().item()
 
@@ -68,10 +79,10 @@ class AttentionOracle:
             places = {"output": heads, "query": heads, "key": kv_head, "value": kv_head, "gate": heads}
             for name, tensor in outputs.items():
                 found = tensor[request, places[name]]
-                if name != "gate":
+                if name == "gate":
+                    check_gate(f"gate of request {request}", found, exact[name], eager["gate allowance"])
+                else:
                     check_close(f"{name} of request {request}", found, eager[name], exact[name])
-                elif not ((found.double() - exact[name]).abs() <= eager["gate allowance"]).all():
-                    raise AssertionError(f"gate of request {request}: {found.tolist()}, wanted {exact[name].tolist()}")
 
     def _check_zeros(self, outputs: Outputs) -> None:
         groups = self.mask.unflatten(1, (self.case.kv_heads, self.case.group)).any(-1)
@@ -115,7 +126,7 @@ def attention_pair(
     output = torch.zeros_like(query, dtype=wide)
     grads = {"query": torch.zeros_like(output), "key": torch.zeros_like(key, dtype=wide)}
     grads |= {"value": torch.zeros_like(grads["key"]), "gate": output.new_zeros(heads)}
-    allowance = output.new_zeros(heads)
+    squares = output.new_zeros(heads)
     rows = max(1, CHUNK // tokens)
     for head in mask.nonzero().flatten().tolist():
         weight = 1.0 if gate is None else gate[head].detach().to(wide)
@@ -132,16 +143,15 @@ def attention_pair(
             up = grad[head, first:last].to(wide)
             gated = (up * weight).to(dtype)
             grads["gate"][head] += (up * plain.to(wide)).sum()
-            allowance[head] += (up * plain.to(wide)).square().sum()
+            squares[head] += (up * plain.to(wide)).square().sum()
             dp = (gated @ value.T).to(wide)
             ds = (p * (dp - (p * dp).sum(-1, keepdim=True)) * scale).to(dtype)
             grads["query"][head, first:last] = (ds @ key).to(wide)
             grads["key"] += (ds.T @ q).to(wide)
             grads["value"] += (p.to(dtype).T @ gated).to(wide)
     found = {"output": output} | (grads if grad is not None else {})
-    # Every term of the gate's sum is rounded once or twice, by independent errors; then the sum itself.
-    rounding = torch.finfo(dtype).eps * (4 * allowance.sqrt() + grads["gate"].abs())
-    return {name: tensor.to(dtype) for name, tensor in found.items()} | {"gate allowance": rounding.double()}
+    allowance = gate_allowance(squares, grads["gate"], dtype)
+    return {name: tensor.to(dtype) for name, tensor in found.items()} | {"gate allowance": allowance}
 
 
 class LayerOracle:
@@ -162,7 +172,9 @@ class LayerOracle:
         for name, tensor in outputs.items():
             if name == "output":
                 tensor = tensor[self.requests].index_select(-2, self.rows)
-            if name in exact:
+            if name == "gate" and name in exact:
+                check_gate(name, tensor, exact[name], eager["gate allowance"])
+            elif name in exact:
                 check_close(name, tensor, eager[name], exact[name])
 
     def _outputs(self, dtype: torch.dtype) -> Outputs:
@@ -176,29 +188,37 @@ class LayerOracle:
             for name, tensor in self.inputs.leaves(self.case).items()
         }
         wanted = self.whole and self.case.direction != "forward"
+        if "gate" in leaves:
+            # One for every value, whose gradients are the terms of the gate's own.
+            sizes = (self.case.tokens, self.case.head_dim) if wanted else (1, 1)
+            gate = leaves["gate"].expand(self.case.batch, self.case.heads)
+            leaves["gate"] = gate[..., None, None].expand(*gate.shape, *sizes).clone()
         leaves = {name: tensor.requires_grad_(wanted) for name, tensor in leaves.items()}
         parts = [plain_layer(self.case, leaves, self.mask, request, self.rows) for request in self.requests]
         output = torch.stack(parts)
         if not wanted:
             return {"output": output}
         grad = self.inputs.grad_of(self.case).to(dtype)
-        return {
-            "output": output.detach(),
-            **dict(zip(leaves, torch.autograd.grad(output, tuple(leaves.values()), grad), strict=True)),
-        }
+        found = dict(zip(leaves, torch.autograd.grad(output, tuple(leaves.values()), grad), strict=True))
+        if "gate" in leaves:
+            shape = self.inputs.gate.shape
+            squares = found["gate"].square().sum((2, 3)).sum_to_size(shape)
+            found["gate"] = found["gate"].sum((2, 3)).sum_to_size(shape)
+            found["gate allowance"] = gate_allowance(squares, found["gate"], dtype)
+        return {"output": output.detach(), **found}
 
 
 def plain_layer(case: GpuCase, leaves: dict[str, Tensor], mask: Tensor, request: int, rows: Tensor) -> Tensor:
     """What a block or projection gives for one request in some rows, in plain operators: [rows, E] or [heads, rows, D].
 
-    Heads that are off are multiplied by 0; "in" gives query, key and value heads together.
+    Heads that are off are multiplied by 0; a gate is [B, H, 1 or T, 1 or D]; "in" gives query, key and value heads together.
     """
     kept = mask.expand(case.batch, case.heads)[request]
     groups = kept.unflatten(0, (case.kv_heads, case.group)).any(-1)
-    factor = kept if "gate" not in leaves else kept * leaves["gate"][request if leaves["gate"].dim() == 2 else ...]
+    factor = kept[:, None, None] if "gate" not in leaves else kept[:, None, None] * leaves["gate"][request]
     if case.level == "out":
         heads = leaves["heads"][request].index_select(-2, rows)
-        return _join(heads * factor[:, None, None].to(heads.dtype)) @ leaves["out_weight"].T
+        return _join(heads * factor.to(heads.dtype)) @ leaves["out_weight"].T
     x = leaves["x"][request]
     query = _split(x.index_select(0, rows) @ leaves["query_weight"].T, case.heads) * kept[:, None, None]
     if case.level == "in":
@@ -212,7 +232,7 @@ def plain_layer(case: GpuCase, leaves: dict[str, Tensor], mask: Tensor, request:
     hidden = rows[:, None] < torch.arange(case.tokens, device=rows.device)
     scores = (query @ key.transpose(1, 2) * case.head_dim**-0.5).to(torch.promote_types(x.dtype, torch.float32))
     p = scores.masked_fill(hidden, -math.inf).softmax(-1).to(x.dtype)
-    return F.linear(_join(p @ value * factor[:, None, None].to(x.dtype)), leaves["out_weight"])
+    return F.linear(_join(p @ value * factor.to(x.dtype)), leaves["out_weight"])
 
 
 def _split(rows: Tensor, heads: int) -> Tensor:
