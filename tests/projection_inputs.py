@@ -103,7 +103,9 @@ def run_with_gradients(
     # Where no head runs, a naive projection depends on nothing.
     differentiable = {i: output for i, output in enumerate(outputs) if output.requires_grad}
     rounded = output_gradients_from or dtype
-    gradients = [draw(*output.shape, seed=50 + i).to(rounded).to(dtype) for i, output in differentiable.items()]
+    gradients = [
+        draw(*output.shape, seed=50 + i).to(output.device, rounded).to(dtype) for i, output in differentiable.items()
+    ]
     gradients = [gradient.abs() for gradient in gradients] if absolute else gradients
     torch.autograd.backward(list(differentiable.values()), gradients)
     results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}

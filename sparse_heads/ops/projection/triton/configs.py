@@ -1,10 +1,12 @@
-"""Tile shapes, warps and pipeline stages of the projections: by kernel, size, dtype and device."""
+"""Tile shapes, warps and pipeline stages of the projections: by kernel, sizes, dtype and device."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+
+from ...._triton import Capability
 
 
 class Config(NamedTuple):
@@ -32,21 +34,24 @@ class Config(NamedTuple):
 # float32 without TF32 has no tensor cores: every product is formed in registers, which bounds the tiles.
 KINDS = {(torch.float32, False): "float32", (torch.float32, True): "tf32"}
 HALF = "half"
+MULTIPROCESSORS = 128  # about those of the devices that the large tiles are for
+SMALL_SIZE = 64  # tiles for fewer rows than that are for these alone
 
 # {kernel: {(lowest capability, kind): {largest size: configuration}}}. "tokens": both projections and the gradients of
-# their inputs, by a request's tokens; "weight": sums over tokens, by columns, which are one head's or the kept heads'.
+# their inputs ("gated": of heads and gate), by a request's tokens; "weight": sums over tokens, by their columns, which
+# are one head's or all kept heads'.
 TABLE: dict[str, dict[tuple[tuple[int, int], str], dict[float, Config]]] = {
     "tokens": {
         ((8, 0), HALF): {
             16: Config(16, 64, 128, 4, 4),
             64: Config(64, 64, 64, 4, 4),
-            512: Config(64, 128, 64, 4, 3),
+            256: Config(64, 128, 64, 4, 3),
             float("inf"): Config(128, 128, 32, 4, 4),
         },
         ((9, 0), HALF): {
             16: Config(16, 64, 128, 4, 4),
             64: Config(64, 64, 64, 4, 4),
-            512: Config(64, 128, 64, 4, 4),
+            256: Config(64, 128, 64, 4, 4),
             float("inf"): Config(128, 256, 64, 8, 3),
         },
         ((8, 0), "tf32"): {
@@ -54,7 +59,25 @@ TABLE: dict[str, dict[tuple[tuple[int, int], str], dict[float, Config]]] = {
             64: Config(64, 64, 32, 4, 3),
             float("inf"): Config(128, 128, 32, 8, 3),
         },
-        ((8, 0), "float32"): {16: Config(16, 64, 32, 4, 3), float("inf"): Config(64, 64, 16, 8, 3)},
+        ((8, 0), "float32"): {16: Config(16, 64, 32, 4, 3), float("inf"): Config(64, 64, 16, 4, 3)},
+    },
+    # The gate's gradient holds a tile of the heads beside the sums.
+    "tokens, gated": {
+        ((8, 0), HALF): {
+            16: Config(16, 64, 128, 4, 4),
+            64: Config(64, 64, 64, 4, 4),
+            float("inf"): Config(128, 128, 32, 8, 4),
+        },
+        ((9, 0), HALF): {
+            16: Config(16, 64, 128, 4, 4),
+            64: Config(64, 64, 64, 4, 4),
+            float("inf"): Config(128, 128, 64, 8, 4),
+        },
+        ((8, 0), "tf32"): {
+            16: Config(16, 64, 64, 4, 3),
+            float("inf"): Config(64, 64, 32, 4, 3),
+        },
+        ((8, 0), "float32"): {16: Config(16, 64, 32, 4, 3), float("inf"): Config(64, 64, 16, 4, 3)},
     },
     "weight": {
         ((8, 0), HALF): {
@@ -69,16 +92,23 @@ TABLE: dict[str, dict[tuple[tuple[int, int], str], dict[float, Config]]] = {
             float("inf"): Config(128, 256, 64, 8, 3),
         },
         ((8, 0), "tf32"): {64: Config(128, 64, 32, 4, 3), float("inf"): Config(128, 128, 32, 8, 3)},
-        ((8, 0), "float32"): {float("inf"): Config(64, 64, 16, 8, 3)},
+        ((8, 0), "float32"): {float("inf"): Config(64, 64, 16, 4, 3)},
     },
 }
 
 
-def choose(kernel: str, size: int, dtype: torch.dtype, tf32: bool, capability: tuple[int, int]) -> Config:
-    """The configuration of "tokens" or "weight" (see TABLE); nothing here depends on what masks hold."""
+def choose(kernel: str, size: int, outputs: int, dtype: torch.dtype, tf32: bool, capability: Capability) -> Config:
+    """The configuration of a kernel of TABLE; nothing here depends on what masks hold.
+
+    outputs: how many numbers the launch computes, all heads counted. Tiles stay small where large ones would leave
+    multiprocessors idle.
+    """
     kind = KINDS.get((dtype, tf32), HALF)
     by_size = TABLE[kernel][max(key for key in TABLE[kernel] if key[0] <= capability and key[1] == kind)]
-    return by_size[min(largest for largest in by_size if size <= largest)]
+    largest = min(limit for limit in by_size if size <= limit)
+    fitting = [config for limit, config in by_size.items() if SMALL_SIZE <= limit <= largest] or [by_size[largest]]
+    filling = [config for config in fitting if outputs >= MULTIPROCESSORS * config.block_m * config.block_n]
+    return filling[-1] if filling else fitting[0]
 
 
 def head_block(config: Config, head_dim: int) -> tuple[int, bool]:

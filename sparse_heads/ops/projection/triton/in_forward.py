@@ -94,7 +94,8 @@ def in_projection_launch(
     batch, tokens, width = x.shape
     requests = lists[0].requests
     request_tokens = batch * tokens // max(1, requests)
-    config = config or choose("tokens", request_tokens, x.dtype, tf32, capability)
+    columns = sum(each.slots for each in lists) * head_dim
+    config = config or choose("tokens", request_tokens, batch * tokens * columns, x.dtype, tf32, capability)
     arguments = {
         "x": x,
         "weights": tuple(weights),

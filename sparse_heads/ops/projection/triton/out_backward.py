@@ -80,7 +80,10 @@ def out_projection_backward_launch(
     width = weight.shape[0]
     requests = listed.requests
     request_tokens = batch * tokens // max(1, requests)
-    config = config or choose("tokens", request_tokens, heads.dtype, tf32, capability)
+    kernel = "tokens" if gate is None else "tokens, gated"
+    config = config or choose(
+        kernel, request_tokens, batch * tokens * listed.slots * head_dim, heads.dtype, tf32, capability
+    )
     row_tiles = triton.cdiv(request_tokens, config.block_m)
     partials = None
     if gate is not None:

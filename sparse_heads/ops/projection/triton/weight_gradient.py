@@ -74,6 +74,8 @@ def weight_gradient_kernel(
             request = tl.load(requests + tl.minimum((step + 1) // token_tiles, count - 1)).to(tl.int64)
         accumulator = dot(left, right, accumulator, PRECISION)
     if requests is None:
+        # Not kept since before the loop: it would not fit beside the sums.
+        head = heads_of(heads, column_tile * BLOCK_N + tl.arange(0, BLOCK_N), slots, HEAD_DIM)
         if gate is not None:
             accumulator *= tl.load(gate + head * gate_strides[1], mask=column_valid, other=0.0)[None, :]
     column = head * HEAD_DIM + dimension
@@ -103,7 +105,7 @@ def weight_gradient_launch(
         source, other = merge_tokens(source, other)
     batch, tokens = source.shape[:2]
     columns = slots * head_dim if requests is None else head_dim
-    config = config or choose("weight", columns, source.dtype, tf32, capability)
+    config = config or choose("weight", columns, width * slots * head_dim, source.dtype, tf32, capability)
     # No product of a step is worth more than the tokens that a request has.
     block_k = min(config.block_k, max(16, triton.next_power_of_2(tokens)))
     even_columns = requests is None or head_dim % config.block_n == 0
