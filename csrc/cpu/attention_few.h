@@ -15,108 +15,14 @@
 #include "cpu/attention_forward.h"
 #include "cpu/attention_rows.h"
 #include "cpu/attention_scores.h"
+#include "cpu/row_products.h"
+#include "cpu/row_softmax.h"
 
 namespace sparse_heads::cpu {
 
 struct FewTraits {
   // Measured: above, queries as lanes are faster.
   static constexpr int64_t kMaxQueries = 8;
-  // Queries that share one pass over keys and values.
-  static constexpr int64_t kQueries = 4;
-  static constexpr int64_t kValueVectors = 4;
-};
-
-struct FewRows {
-  const char* data;  // of neighbouring columns
-  int64_t stride;    // in elements
-  int64_t rows;
-  int64_t columns;
-};
-
-// scores [kQueries, kPieceKeys] = queries [kQueries, whole vectors of columns] . keys
-template <class T, int kQueries>
-SPARSE_HEADS_AVX512 void score_few(const FewRows& keys, const float* queries, float* scores) {
-  constexpr int kKeys = kLanes / kQueries;
-  const T* data = reinterpret_cast<const T*>(keys.data);
-  const int64_t width = whole_vectors<float>(keys.columns);
-  for (int64_t first = 0; first < keys.rows; first += kKeys) {
-    // Short groups repeat the last key: its results are dropped.
-    const T* rows[kKeys];
-    for (int i = 0; i < kKeys; ++i) rows[i] = data + std::min<int64_t>(first + i, keys.rows - 1) * keys.stride;
-    __m512 sums[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) sums[i] = _mm512_setzero_ps();
-    for (int64_t c = 0; c < keys.columns; c += kLanes) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kKeys; ++i) {
-        const __m512 key = load16(rows[i] + c, keys.columns - c);
-        _mm_prefetch(rows[i] + kKeys * keys.stride + c, _MM_HINT_T0);
-#pragma GCC unroll 4
-        for (int q = 0; q < kQueries; ++q) {
-          sums[q * kKeys + i] = _mm512_fmadd_ps(key, _mm512_loadu_ps(queries + q * width + c), sums[q * kKeys + i]);
-        }
-      }
-    }
-    alignas(64) float results[kLanes];
-    _mm512_store_ps(results, sum_each16(sums));
-    for (int q = 0; q < kQueries; ++q) std::copy_n(results + q * kKeys, kKeys, scores + q * kPieceKeys + first);
-  }
-}
-
-// outputs [kQueries, whole vectors of columns] += probabilities [kQueries, kPieceKeys] . values
-template <class T, int kQueries>
-SPARSE_HEADS_AVX512 void add_few(const FewRows& values, const float* probabilities, float* outputs) {
-  constexpr int kVectors = FewTraits::kValueVectors;
-  const int64_t width = whole_vectors<float>(values.columns);
-  for (int64_t c = 0; c < values.columns; c += kVectors * kLanes) {
-    const T* row = reinterpret_cast<const T*>(values.data) + c;
-    const int64_t columns = values.columns - c;
-    __m512 sums[kQueries][kVectors];
-#pragma GCC unroll 4
-    for (int q = 0; q < kQueries; ++q) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[q][v] = _mm512_setzero_ps();
-    }
-    for (int64_t key = 0; key < values.rows; ++key) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        if (v * kLanes >= columns) break;
-        const __m512 value = load16(row + v * kLanes, columns - v * kLanes);
-        _mm_prefetch(row + 8 * values.stride + v * kLanes, _MM_HINT_T0);
-#pragma GCC unroll 4
-        for (int q = 0; q < kQueries; ++q) {
-          const __m512 probability = _mm512_set1_ps(probabilities[q * kPieceKeys + key]);
-          sums[q][v] = _mm512_fmadd_ps(probability, value, sums[q][v]);
-        }
-      }
-      row += values.stride;
-    }
-#pragma GCC unroll 4
-    for (int q = 0; q < kQueries; ++q) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        if (v * kLanes >= columns) break;
-        float* output = outputs + q * width + c + v * kLanes;
-        _mm512_storeu_ps(output, _mm512_add_ps(_mm512_loadu_ps(output), sums[q][v]));
-      }
-    }
-  }
-}
-
-template <int kQueries>
-struct FewFunctions {
-  template <class T>
-  struct Score {
-    static void run(const FewRows* keys, const float* queries, float* scores) {
-      score_few<T, kQueries>(*keys, queries, scores);
-    }
-  };
-  template <class T>
-  struct Add {
-    static void run(const FewRows* values, const float* probabilities, float* outputs) {
-      add_few<T, kQueries>(*values, probabilities, outputs);
-    }
-  };
 };
 
 inline bool few_suit(const Attention<float>& attention, const HeadGroup& group) {
@@ -147,41 +53,6 @@ SPARSE_HEADS_INLINE void finish_few_scores(
   std::fill(scores + end, scores + width, -kInfinity<float>);
 }
 
-// As `update_softmax`, for one query whose keys are the lanes; returns the factor by which earlier results shrink.
-SPARSE_HEADS_INLINE float update_few_softmax(float* scores, int64_t keys, float& largest, float& sum) {
-  alignas(64) float tops[kLanes], sums[kLanes], shrinking[kLanes];
-  std::fill_n(tops, kLanes, largest);
-  std::fill_n(sums, kLanes, 0.0f);
-  Vector<float> top, total, x;
-  load(top, tops);
-  for (int64_t i = 0; i < keys; i += kLanes) {
-    load(x, scores + i);
-    top = x > top ? x : top;
-  }
-  store(tops, top);
-  const float before = largest;
-  largest = *std::max_element(tops, tops + kLanes);
-  top = Vector<float>{} + largest;
-  make_finite<float>(top);
-  load(total, sums);
-  for (int64_t i = 0; i < keys; i += kLanes) {
-    load(x, scores + i);
-    x -= top;
-    exponentiate(x);
-    total += x;
-    store(scores + i, x);
-  }
-  x = before - top;
-  exponentiate(x);
-  store(shrinking, x);
-  store(sums, total);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-  }
-  sum = sum * shrinking[0] + sums[0];
-  return shrinking[0];
-}
-
 template <int kQueries>
 SPARSE_HEADS_INLINE void attend_few(const Attention<float>& attention, const Block<float>& block, int64_t first_lane) {
   thread_local Buffer<float> query_buffer, output_buffer;
@@ -205,22 +76,25 @@ SPARSE_HEADS_INLINE void attend_few(const Attention<float>& attention, const Blo
   }
   for (int64_t begin = block.begin, end; begin < block.end; begin = end) {
     end = std::min((begin / kPieceKeys + 1) * kPieceKeys, block.end);
-    const FewRows keys{
-        attention.key.at(block.request, block.kv_head, begin), attention.key.strides[2], end - begin,
-        attention.head_dim};
-    const FewRows values{
-        attention.value.at(block.request, block.kv_head, begin), attention.value.strides[2], end - begin,
-        attention.value_dim};
-    with_floating_type<float, FewFunctions<kQueries>::template Score>(
-        attention.key.element, &keys, static_cast<const float*>(queries), static_cast<float*>(scores));
+    const int64_t count = end - begin;
+    const char* rows[2 * kPieceKeys + kRowsAhead];
+    for (int64_t i = 0; i < count; ++i) {
+      rows[i] = attention.key.at(block.request, block.kv_head, begin + i);
+      rows[count + i] = attention.value.at(block.request, block.kv_head, begin + i);
+    }
+    std::fill_n(rows + 2 * count, kRowsAhead, rows[2 * count - 1]);
+    const RowList keys{rows, count, attention.head_dim};
+    const RowList values{rows + count, count, attention.value_dim};
+    with_floating_type<float, RowFunctions<Avx512, kQueries>::template Score>(
+        attention.key.element, &keys, static_cast<const float*>(queries), static_cast<float*>(scores), kPieceKeys);
     for (int q = 0; q < kQueries; ++q) {
       float* row = scores + q * kPieceKeys;
-      finish_few_scores(attention, block, first_lane + q, begin, end - begin, row, memory);
-      const float shrinking = update_few_softmax(row, end - begin, largest[q], sums[q]);
+      finish_few_scores(attention, block, first_lane + q, begin, count, row, memory);
+      const float shrinking = update_row_softmax(row, count, largest[q], sums[q]);
       for (int64_t c = 0; c < output_width; ++c) outputs[q * output_width + c] *= shrinking;
     }
-    with_floating_type<float, FewFunctions<kQueries>::template Add>(
-        attention.value.element, &values, static_cast<const float*>(scores), outputs);
+    with_floating_type<float, RowFunctions<Avx512, kQueries>::template Add>(
+        attention.value.element, &values, static_cast<const float*>(scores), kPieceKeys, outputs, output_width);
   }
   for (int q = 0; q < kQueries && first_lane + q < block.count; ++q) {
     const int64_t lane = first_lane + q;
