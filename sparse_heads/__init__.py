@@ -17,6 +17,7 @@ from .heads import HeadScores, HeadSubset
 from .layers import LayerInfo, Layers
 from .means import HeadMeans
 from .ops.attention.api import attention
+from .ops.decode.api import attention_decode
 from .ops.projection.api import in_projection, out_projection
 from .ops.statistics.api import AttentionStatistics, attention_statistics
 
@@ -56,6 +57,7 @@ __all__ = [
     "attach",
     "attach_gates",
     "attention",
+    "attention_decode",
     "attention_statistics",
     "errors",
     "get_handle",

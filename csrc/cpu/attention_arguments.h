@@ -61,6 +61,7 @@ inline Array4 mask_array(const Tensor& mask, const std::array<int64_t, 4>& sizes
 
 template <class T>
 constexpr const char* kDtypeName = std::is_same_v<T, const bool> ? "bool"
+    : std::is_same_v<T, const int32_t>                           ? "int32"
     : std::is_same_v<T, const int64_t>                           ? "int64"
     : std::is_same_v<T, const double>                            ? "float64"
                                                                  : "float32";
@@ -87,6 +88,42 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
       &handle));
   return Tensor(handle);
+}
+
+// The key/value head of every query head; null where heads of one group are neighbours.
+inline const int64_t* check_kv_heads(
+    ArgumentName keys_name, const OptionalTensor& kv_heads, int64_t heads, int64_t number) {
+  if (!kv_heads) {
+    STD_TORCH_CHECK(
+        heads == number || (number > 0 && heads % number == 0), keys_name, ": wanted a number of heads that divides ",
+        heads, ", got ", number);
+    return nullptr;
+  }
+  const ArgumentName name{"kv_heads"};
+  STD_TORCH_CHECK(
+      dtype_number(*kv_heads) == aoti_torch_dtype_int64() && kv_heads->dim() == 1 && kv_heads->is_cpu() &&
+          kv_heads->is_contiguous(),
+      name, ": wanted a contiguous one-dimensional int64 tensor on the CPU");
+  check_equal(name, "size", kv_heads->size(0), heads);
+  const int64_t* kv_head_of = static_cast<const int64_t*>(kv_heads->const_data_ptr());
+  for (int64_t head = 0; head < heads; ++head) {
+    STD_TORCH_CHECK(
+        kv_head_of[head] >= 0 && kv_head_of[head] < number, name, ": wanted indices from 0 to ", number - 1, ", got ",
+        kv_head_of[head]);
+  }
+  return kv_head_of;
+}
+
+template <class Scalar>
+void set_numbers(Attention<Scalar>& attention, double scale, double softcap) {
+  attention.scale = static_cast<Scalar>(scale);
+  attention.softcap = static_cast<Scalar>(softcap);
+  STD_TORCH_CHECK(
+      std::isfinite(attention.scale), "scale: wanted a number that is finite in ", kDtypeName<const Scalar>, ", got ",
+      scale);
+  STD_TORCH_CHECK(
+      softcap == 0 || (attention.softcap > 0 && std::isfinite(attention.softcap)),
+      "softcap: wanted 0, or a number that is finite and above 0 in ", kDtypeName<const Scalar>, ", got ", softcap);
 }
 
 // What makes the scores: all of `Attention` but values, gates, sinks and output.
@@ -116,25 +153,7 @@ Attention<Scalar> check_scores(
   if (head_mask) {
     attention.head_mask = array2<const bool>({"head_mask"}, *head_mask, requests, heads, aoti_torch_dtype_bool());
   }
-  if (kv_heads) {
-    const ArgumentName name{"kv_heads"};
-    STD_TORCH_CHECK(
-        dtype_number(*kv_heads) == aoti_torch_dtype_int64() && kv_heads->dim() == 1 && kv_heads->is_cpu() &&
-            kv_heads->is_contiguous(),
-        name, ": wanted a contiguous one-dimensional int64 tensor on the CPU");
-    check_equal(name, "size", kv_heads->size(0), heads);
-    attention.kv_head_of = static_cast<const int64_t*>(kv_heads->const_data_ptr());
-    for (int64_t head = 0; head < heads; ++head) {
-      const int64_t kv_head = attention.kv_head_of[head];
-      STD_TORCH_CHECK(
-          kv_head >= 0 && kv_head < attention.kv_heads, name, ": wanted indices from 0 to ", attention.kv_heads - 1,
-          ", got ", kv_head);
-    }
-  } else {
-    STD_TORCH_CHECK(
-        heads == attention.kv_heads || (attention.kv_heads > 0 && heads % attention.kv_heads == 0),
-        "key: wanted a number of heads that divides ", heads, ", got ", attention.kv_heads);
-  }
+  attention.kv_head_of = check_kv_heads({"key"}, kv_heads, heads, attention.kv_heads);
   if (attn_mask) {
     attention.attn_mask = mask_array(*attn_mask, {requests, heads, attention.queries, attention.keys});
     STD_TORCH_CHECK(
@@ -145,14 +164,7 @@ Attention<Scalar> check_scores(
   const int64_t farthest = attention.keys + attention.queries;
   attention.left = std::min(left, farthest);
   attention.right = std::min(right, farthest);
-  attention.scale = static_cast<Scalar>(scale);
-  attention.softcap = static_cast<Scalar>(softcap);
-  STD_TORCH_CHECK(
-      std::isfinite(attention.scale), "scale: wanted a number that is finite in ", kDtypeName<const Scalar>, ", got ",
-      scale);
-  STD_TORCH_CHECK(
-      softcap == 0 || (attention.softcap > 0 && std::isfinite(attention.softcap)),
-      "softcap: wanted 0, or a number that is finite and above 0 in ", kDtypeName<const Scalar>, ", got ", softcap);
+  set_numbers(attention, scale, softcap);
   return attention;
 }
 
