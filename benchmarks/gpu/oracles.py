@@ -211,7 +211,8 @@ class LayerOracle:
 def plain_layer(case: GpuCase, leaves: dict[str, Tensor], mask: Tensor, request: int, rows: Tensor) -> Tensor:
     """What a block or projection gives for one request in some rows, in plain operators: [rows, E] or [heads, rows, D].
 
-    Heads that are off are multiplied by 0; a gate is [B, H, 1 or T, 1 or D]; "in" gives query, key and value heads together.
+    Heads that are off are multiplied by 0; a gate is [B, H, 1 or T, 1 or D]; "in" gives query, key and value heads side
+    by side.
     """
     kept = mask.expand(case.batch, case.heads)[request]
     groups = kept.unflatten(0, (case.kv_heads, case.group)).any(-1)

@@ -87,10 +87,12 @@ def out_ways(case: GpuCase, inputs: Inputs) -> dict[str, Callable[[Tensor], Tens
     def dense(mask: Tensor) -> Tensor:
         return F.linear(heads.transpose(1, 2).flatten(2), weight)
 
-    ways = {"ours_triton": partial(ours, "triton"), "ours_auto": partial(ours, "auto")}
-    ways |= {"ours_all_on": partial(ours, "triton"), "dense": dense, "gather": partial(ours, "reference")}
-    if case.masks == "requests" and not case.gated:
-        ways["grouped_mm"] = partial(grouped_out, case, heads, weight)
+    ways = {name: partial(ours, name.removeprefix("ours_")) for name in ("ours_triton", "ours_auto")}
+    ways["gather"] = partial(ours, "reference")
+    if not case.gated:
+        ways |= {"ours_all_on": partial(ours, "triton"), "dense": dense}
+        if case.masks == "requests":
+            ways["grouped_mm"] = partial(grouped_out, case, heads, weight)
     return ways
 
 
