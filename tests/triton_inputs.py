@@ -56,7 +56,14 @@ def attend_reference(**arguments: Any) -> torch.Tensor:
     return attention_reference(**_gathered(arguments))
 
 
-def attend_eagerly(**arguments: Any) -> torch.Tensor:
+def softmax_times(scores: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Of float32 scores, of which only the first belong to values; the probabilities in the precision of value."""
+    return scores.softmax(dim=-1)[..., : value.shape[2]].to(value.dtype) @ value
+
+
+def attend_eagerly(
+    *, weigh: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = softmax_times, **arguments: Any
+) -> torch.Tensor:
     """The same in plain operators: products and probabilities in the inputs' precision, the softmax in float32."""
     given = _gathered(arguments)
     query, key, value = (given[name] for name in ("query", "key", "value"))
@@ -78,8 +85,7 @@ def attend_eagerly(**arguments: Any) -> torch.Tensor:
     if given["sinks"] is not None:
         sinks = given["sinks"].float()[:, None, None].expand(batch, heads, queries, 1)
         scores = torch.cat([scores, sinks], dim=-1)
-    probabilities = scores.softmax(dim=-1)[..., : key.shape[2]].to(query.dtype)
-    output = torch.where(sees_a_key, probabilities @ value, 0.0)
+    output = torch.where(sees_a_key, weigh(scores, value), 0.0)
     if given["gate"] is not None:
         output = output * given["gate"].expand(batch, heads)[..., None, None]
     if given["head_mask"] is not None:

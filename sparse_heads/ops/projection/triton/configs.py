@@ -54,7 +54,7 @@ TABLE: dict[str, dict[tuple[tuple[int, int], str], dict[float, Config]]] = {
             256: Config(64, 128, 64, 4, 4),
             float("inf"): Config(128, 256, 64, 8, 3),
         },
-        # Sums come out of tensor memory a row a thread, and biases beside them: wider tiles spill.
+        # Sums come out of tensor memory a row a thread, and biases or gates beside them: wider tiles spill.
         ((10, 0), HALF): {
             16: Config(16, 64, 128, 4, 4),
             64: Config(64, 64, 64, 4, 4),
@@ -97,6 +97,11 @@ TABLE: dict[str, dict[tuple[tuple[int, int], str], dict[float, Config]]] = {
             64: Config(128, 64, 64, 4, 4),
             128: Config(128, 128, 64, 8, 4),
             float("inf"): Config(128, 256, 64, 8, 3),
+        },
+        ((10, 0), HALF): {
+            32: Config(128, 32, 64, 4, 4),
+            64: Config(128, 64, 64, 4, 4),
+            float("inf"): Config(128, 128, 64, 8, 4),
         },
         ((8, 0), "tf32"): {64: Config(128, 64, 32, 4, 3), float("inf"): Config(128, 128, 32, 8, 3)},
         ((8, 0), "float32"): {float("inf"): Config(64, 64, 16, 4, 3)},
