@@ -61,6 +61,14 @@ def test_several_tiles_in_every_direction(mask, head_dim, dtype, monkeypatch):
     check_gradients(partial(project_out, **given), out_leaves(sizes, gate), dtype, sizes.terms)
 
 
+@pytest.mark.parametrize("mask", ["half", "per request"])
+def test_no_requests_and_no_tokens_give_zeros(mask):
+    for sizes in (SMALL._replace(batch=0), SMALL._replace(tokens=0)):
+        given = {"mask": head_mask(mask, sizes), "head_dim": sizes.head_dim}
+        check_gradients(partial(project_in, **given), in_leaves(sizes), torch.float32, sizes.terms)
+        check_gradients(partial(project_out, **given), out_leaves(sizes, "shared"), torch.float32, sizes.terms)
+
+
 def test_results_repeat_bit_for_bit():
     for mask in ("half", "per request"):
         given = {"mask": head_mask(mask, SMALL), "head_dim": SMALL.head_dim}
