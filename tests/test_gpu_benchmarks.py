@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.gpu import attention, figures, layers, projections, races, report, runner, suites
+from benchmarks.gpu import tests as kernel_tests
 from benchmarks.gpu.__main__ import app
 from benchmarks.gpu.cases import DIRECTIONS, LEVELS, GpuCase
 from benchmarks.gpu.device import Gpu, Host, session
@@ -529,6 +530,33 @@ def test_a_result_that_depends_on_the_run_is_a_fault(monkeypatch):
     assert len(races.faults_of(case, Host(), runs=3)) == 3
     monkeypatch.setattr(races, "ours", lambda *_: Contender("still", lambda: torch.ones(2, 4, 3, 8), "forward"))
     assert races.faults_of(case, Host(), runs=3) == []
+
+
+# the command ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_runs_and_nothing_is_written(tmp_path):
+    done = CliRunner().invoke(app, ["headline", "--out", str(tmp_path)])
+    assert done.exit_code == 2 and "There is no CUDA device" in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "seconds", "code"),
+    [("pass", 120, 0), ("assert False", 120, 1), ("import time; time.sleep(60)", 2, "stopped")],
+)
+def test_kernel_tests_that_fail_or_take_too_long_are_faults(
+    tmp_path, monkeypatch, body: str, seconds: int, code: int | str
+):
+    test = tmp_path / "test_something.py"
+    test.write_text(f"def test():\n    {body}\n")
+    monkeypatch.setattr(kernel_tests, "TESTS_SECONDS", seconds)
+    monkeypatch.setattr(kernel_tests, "command", lambda: [sys.executable, "-m", "pytest", "-q", str(test)])
+    monkeypatch.setattr(kernel_tests, "ROOT", tmp_path)
+    faults = kernel_tests.run(tmp_path / "tests.json")
+    assert faults == ({} if code == 0 else {"tests": f"pytest: {code}"})
+    assert json.loads((tmp_path / "tests.json").read_text())["code"] == code
 
 
 # smoke ----------------------------------------------------------------------------------------------------------------

@@ -34,13 +34,12 @@ def open_device(smoke: bool):
     return device.Host() if smoke else device.Gpu()
 
 
-def run_suite(suite: str, smoke: bool, path: Path, seconds: float, resume: Path | None) -> dict[str, str]:
+def run_suite(suite: str, device, path: Path, seconds: float, resume: Path | None) -> dict[str, str]:
     """Measure, report, and give the faults of our own contenders."""
-    device = open_device(smoke)
     from . import report, runner, suites
 
-    cases = suites.SUITES["smoke" if smoke else suite]
-    result = runner.run_cases("smoke" if smoke else suite, cases, device, path, seconds, resume)
+    suite = "smoke" if device.smoke else suite
+    result = runner.run_cases(suite, suites.SUITES[suite], device, path, seconds, resume)
     print(report.write(path))
     return runner.our_faults(result)
 
@@ -62,21 +61,21 @@ def headline(
     seconds: Seconds = 0,
 ) -> None:
     """The tests under their time limit, then the headline cases; exits with 1 when anything of ours is wrong."""
-    faults = {}
+    device, faults = open_device(smoke), {}
     if tests and not smoke:
         from . import tests as kernel_tests
 
         faults |= kernel_tests.run(out / "tests.json")
     from .suites import HEADLINE_SECONDS
 
-    faults |= run_suite("headline", smoke, out / "headline.json", seconds or HEADLINE_SECONDS, resume)
+    faults |= run_suite("headline", device, out / "headline.json", seconds or HEADLINE_SECONDS, resume)
     finish(faults)
 
 
 @app.command()
 def grid(smoke: Smoke = False, out: Out = RESULTS, resume: Resume = None, seconds: Seconds = 480) -> None:
     """A slice of the full grid: as much as the time allows, after the cases of the file to resume."""
-    finish(run_suite("grid", smoke, out / "grid.json", seconds, resume))
+    finish(run_suite("grid", open_device(smoke), out / "grid.json", seconds, resume))
 
 
 @app.command()

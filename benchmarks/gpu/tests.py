@@ -23,7 +23,7 @@ def command() -> list[str]:
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_triton_*.py"))
     parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     files = [file for file in files if file not in ELSEWHERE]
-    return [sys.executable, "-m", "pytest", "-q", "--durations=5", *parallel, *files]
+    return [sys.executable, "-m", "pytest", "-v", "--tb=short", "--durations=5", *parallel, *files]
 
 
 def run(path: Path) -> dict[str, str]:
