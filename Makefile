@@ -30,8 +30,9 @@ bench: $(SETUP)
 
 # For a machine with an NVIDIA GPU and its packages in place: nothing is installed, no network is needed, under nine minutes.
 GPU_PYTHON ?= python3
+GPU_OUT ?= benchmarks/results/gpu
 gpu:
-	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m benchmarks.gpu headline
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(GPU_PYTHON)" -m benchmarks.gpu headline --out "$(GPU_OUT)"
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -61,7 +61,7 @@ class BuildLibrary(build_ext):
 setup(
     packages=[*find_packages(include=["sparse_heads", "sparse_heads.*"]), "sparse_heads.csrc", "sparse_heads.csrc.cpu"],
     package_dir={"sparse_heads.csrc": "csrc"},
-    package_data={"": ["*.h", "*.cpp", "py.typed"]},
+    package_data={"": ["*.h", "*.cpp", "*.json", "py.typed"]},
     ext_modules=[] if torch_directory is None else [Extension("sparse_heads._C", [], optional=True)],
     cmdclass={"build_ext": BuildLibrary},
 )

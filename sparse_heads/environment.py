@@ -10,6 +10,7 @@ import torch
 from . import _native, _triton
 from ._build import BuildError, compiler_version, find_compiler
 from ._version import __version__
+from .ops.attention.dense import measured
 
 PACKAGES = ("torch", "transformers", "triton", "safetensors", "huggingface_hub", "accelerate")
 
@@ -65,7 +66,15 @@ def _on_a_gpu() -> list[tuple[str, str]]:
         ("backend auto, CUDA projections", f"reference (kept rows gathered, PyTorch's product); {kernels} per request"),
         ("backend auto, CUDA attention", f"sdpa; {kernels} for softcap, sinks and masks per request"),
         ("backend auto, CUDA statistics", "reference"),
+        ("PyTorch's attention kernels", _dense_kernels(torch.cuda.get_device_name())),
     ]
+
+
+def _dense_kernels(device_name: str) -> str:
+    table = measured(device_name)
+    if table is None:
+        return f"as PyTorch chooses: not measured on {device_name}"
+    return f"in the order measured on {device_name} with torch {table['torch']}, {table['date']}"
 
 
 def _version_of(package: str) -> str:

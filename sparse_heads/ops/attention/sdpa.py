@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
+from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..._attention_arguments import span_mask
+from .dense import ranked_kernels
 
 
 def attention_sdpa(
@@ -88,10 +91,14 @@ def _attend(
     queries, keys = query.shape[2], key.shape[2]
     enable_gqa = query.shape[1] != key.shape[1]
     if attn_mask is None and span == (-1, 0) and queries == keys:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+        with _fastest_kernel(query, key, True):
+            return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+    if attn_mask is None and span == (-1, 0) and 1 < queries < keys and query.device.type == "cuda":
+        return _attend_last_queries(query, key, value, scale)
     visible = span_mask(queries, keys, span, query.device)
     if attn_mask is None and visible is None:
-        return scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
+        with _fastest_kernel(query, key, False):
+            return scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
 
     # A query that sees no key gets an open row, then zeros: what SDPA itself does with it differs by kernel.
     if attn_mask is None or attn_mask.dtype == torch.bool:
@@ -106,3 +113,27 @@ def _attend(
     if mask.requires_grad and (query.numel() == 0 or keys == 0):
         output = output + mask[..., :0].sum()  # SDPA leaves the mask of an empty problem out of the graph
     return torch.where(sees_a_key, output, 0.0)
+
+
+def _fastest_kernel(query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> contextlib.AbstractContextManager:
+    """PyTorch's kernels in the order measured on this GPU, where there is one and it was measured."""
+    if query.device.type != "cuda" or torch.compiler.is_compiling() or 0 in (*query.shape, *key.shape):
+        return contextlib.nullcontext()
+    training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    ranked = ranked_kernels(torch.cuda.get_device_name(query.device), query, key, is_causal, training)
+    return contextlib.nullcontext() if ranked is None else sdpa_kernel(ranked, set_priority=True)
+
+
+def _attend_last_queries(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """Causal attention of the last T of S positions, 1 < T < S, without a mask in memory where a kernel can.
+
+    PyTorch's bias for it takes as many heads of keys as of queries.
+    """
+    from torch.nn.attention.bias import causal_lower_right  # which loads torch's compiler
+
+    group = query.shape[1] // key.shape[1]
+    key, value = (tensor if group == 1 else tensor.repeat_interleave(group, 1) for tensor in (key, value))
+    bias = causal_lower_right(query.shape[2], key.shape[2])
+    return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
