@@ -23,6 +23,8 @@ constexpr int64_t kChunkKeys = 512;
 // Places of a whole chunk that are read in turn: measured, memory gives a core more when several pages are on their
 // way.
 constexpr int64_t kStreams = 8;
+// Rows that one running sum takes at most: longer sums round worse.
+constexpr int64_t kSumRows = 64;
 // Queries that pass over a chunk together, so that their scores stay in the processor's cache.
 constexpr int64_t kChunkQueries = 32;
 
@@ -118,7 +120,6 @@ SPARSE_HEADS_INLINE void run_chunk(
       decode, heads, attention.value, attention.value_dim, begin, end, in_streams, buffers.values, rows + count);
   std::fill_n(rows + 2 * count, kRowsAhead, rows[2 * count - 1]);
   const RowList keys{rows, count, attention.head_dim};
-  const RowList values{rows + count, count, attention.value_dim};
 
   const int64_t query_width = whole_vectors<Scalar>(attention.head_dim);
   Scalar* queries = buffers.queries.get(kChunkQueries * query_width);
@@ -149,11 +150,14 @@ SPARSE_HEADS_INLINE void run_chunk(
       update_row_softmax(row, count, largest, sum);
       std::fill_n(partials.values(first_partial + i), partials.width(), Scalar(0));
     }
-    for_queries(together, [&](int64_t query, auto number) __attribute__((always_inline)) {
-      with_floating_type<Scalar, RowFunctions<Math, number()>::template Add>(
-          value_element, &values, static_cast<const Scalar*>(scores + query * kChunkKeys), kChunkKeys,
-          partials.values(first_partial + query), partials.stride());
-    });
+    for (int64_t i = 0; i < count; i += kSumRows) {
+      const RowList values{rows + count + i, std::min(kSumRows, count - i), attention.value_dim};
+      for_queries(together, [&](int64_t query, auto number) __attribute__((always_inline)) {
+        with_floating_type<Scalar, RowFunctions<Math, number()>::template Add>(
+            value_element, &values, static_cast<const Scalar*>(scores + query * kChunkKeys + i), kChunkKeys,
+            partials.values(first_partial + query), partials.stride());
+      });
+    }
   }
 }
 

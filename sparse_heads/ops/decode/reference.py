@@ -27,7 +27,8 @@ def decode_reference(
 
     float16 and bfloat16 inputs are computed in float32; the result has the inputs' dtype.
     """
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    input_dtype = query.dtype
+    dtype = torch.promote_types(input_dtype, torch.float32)
     batch, heads, queries, head_dim = query.shape
     lengths = cache_lengths.long()
     if block_table is None:
@@ -44,9 +45,9 @@ def decode_reference(
     visible = position <= own
     if left >= 0:
         visible = visible & (position >= own - left)
-    on = torch.ones(batch, heads, dtype=torch.bool, device=query.device)
-    on = on if head_mask is None else head_mask.expand(batch, heads)
-    on = on[..., None, None]
+    if head_mask is None:
+        head_mask = torch.ones(heads, dtype=torch.bool, device=query.device)
+    on = head_mask.expand(batch, heads)[..., None, None]
 
     if kv_heads is None:
         kv_heads = torch.arange(heads, device=query.device) // (heads // key_cache.shape[1] if heads else 1)
@@ -70,7 +71,7 @@ def decode_reference(
     if gate is not None:
         output = output * gate.to(dtype).expand(batch, heads)[..., None, None]
     output = output.masked_fill(~exists[:, None, None, None], math.nan)
-    return output.masked_fill(~on, 0).to(query.dtype)
+    return output.masked_fill(~on, 0).to(input_dtype)
 
 
 def _gather_pages(cache: Tensor, block_table: Tensor) -> Tensor:
