@@ -6,6 +6,10 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
+from sparse_heads.ops.decode import decode_bytes
+
 Heads = tuple[int, ...]
 NUM_HEADS = 12
 # Scattered on purpose: neighbours, gaps and both ends, so that no way of reading the kept rows is favoured.
@@ -121,6 +125,59 @@ class GqaCase(BaseCase):
 
 
 @dataclass(frozen=True)
+class DecodeCase(BaseCase):
+    """One new position of every request against its cache; the query heads `kept[i]` run for request i."""
+
+    level: ClassVar[str] = "decode"
+    reported: ClassVar[tuple[str, ...]] = (
+        *("label", "batch", "tokens", "num_heads", "kv_heads", "head_dim", "dtype", "lengths", "page_size"),
+        *("kept_bytes", "all_bytes"),
+    )
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    lengths: tuple[int, ...]  # a request
+    kept: tuple[Heads, ...]
+    label: str  # how the heads were chosen
+    page_size: int = 0  # 0: a cache without pages
+
+    @property
+    def batch(self) -> int:
+        """Number of requests."""
+        return len(self.kept)
+
+    @property
+    def tokens(self) -> int:
+        """Positions that every request's cache has room for."""
+        return max(self.lengths)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the cache that the kept heads need."""
+        return self._cache_bytes(self.kept)
+
+    @property
+    def all_bytes(self) -> int:
+        """Bytes of the cache that all heads need."""
+        return self._cache_bytes((tuple(range(self.num_heads)),) * self.batch)
+
+    def _cache_bytes(self, kept: tuple[Heads, ...]) -> int:
+        query = torch.empty(self.batch, self.num_heads, 1, self.head_dim, dtype=getattr(torch, self.dtype))
+        cache = torch.empty(self.batch, self.kv_heads, self.tokens, self.head_dim, device="meta")
+        mask = torch.tensor([[head in heads for head in range(self.num_heads)] for heads in kept])
+        return int(decode_bytes(query, cache, cache, torch.tensor(self.lengths), mask).cache.sum())
+
+    @property
+    def name(self) -> str:
+        """Unique within the suite, for example `decode-H12-12-D64-float32-8x4096-independent-48of96`."""
+        shape = f"H{self.num_heads}-{self.kv_heads}-D{self.head_dim}-{self.dtype}-{self.batch}x{self.tokens}"
+        lengths = "-uneven" if len(set(self.lengths)) > 1 else ""
+        pages = f"-pages{self.page_size}" if self.page_size else ""
+        return f"{self.level}-{shape}{lengths}{pages}-{self.label}-{self.kept_count}of{self.all_count}"
+
+
+@dataclass(frozen=True)
 class GenerateCase(BaseCase):
     """Greedy `generate()` of a Llama-like model from a prompt without padding; `kept` heads per layer for everybody,
     or `kept_by_request`."""
@@ -183,7 +240,7 @@ class GatesCase(BaseCase):
         return f"{self.level}-{shape}-{self.label}-{self.kept_count}of{self.all_count}"
 
 
-AnyCase = Case | RequestsCase | GqaCase | GenerateCase | GatesCase
+AnyCase = Case | RequestsCase | GqaCase | DecodeCase | GenerateCase | GatesCase
 
 
 def rotated(count: int, layer: int) -> Heads:

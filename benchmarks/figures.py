@@ -16,6 +16,9 @@ WARM, FIRST = "ours", "ours_first"
 LARGE = 1024  # tokens in the batch
 LOWEST_BLOCK_SPEED = 0.75  # relative to repacked, in any case
 MAIN_REQUESTS = {"hidden": 768, "batch": 8, "tokens": 128}  # the block that the figures for requests are about
+# The shape that the figures for decoding are about.
+MAIN_DECODE = {"num_heads": 12, "kv_heads": 12, "head_dim": 64, "dtype": "float32", "batch": 8, "tokens": 4096}
+MAIN_DECODE |= {"page_size": 0}
 REPACKED, ALONE, SDPA = ("repacked", "repacked_fused"), ("alone", "alone_fused"), ("sdpa_gqa", "sdpa_repeated")
 
 
@@ -136,6 +139,23 @@ def gqa_figures(result: Result) -> list[Figure]:
     ]
 
 
+def decode_figures(result: Result) -> list[Figure]:
+    """Decoding at its main shape: the bandwidth of all heads, and what half of the heads gain."""
+    figures = []
+    for case in timed(result, "decode"):
+        if not MAIN_DECODE.items() <= case.items() or min(case["lengths"]) < case["tokens"]:
+            continue
+        if case["label"] == "all":
+            read, sdpa = (estimate(speed(case, "all_on", [other])) for other in ("read", "sdpa"))
+            title = "Decoding, all heads on"
+            figures.append(Figure(f"{title}: part of the bandwidth of a plain read", 0.85, read, True, case["name"]))
+            figures.append(Figure(f"{title}: speed over SDPA", 0.95, sdpa, True, case["name"]))
+        if case["label"] == "independent" and 2 * case["kept_count"] == case["heads"]:
+            title = "Decoding, a random half of the heads in each request: speed over all on"
+            figures.append(Figure(title, 1.8, estimate(speed(case, WARM, ["all_on"])), True, case["name"]))
+    return figures
+
+
 def generate_figures(result: Result) -> list[Figure]:
     """The attention layers of `generate()` under a shared half subset, against those of the dense model."""
     title = "`generate()`, half of the heads, the same tokens as the oracle: attention layers' speed over dense"
@@ -179,6 +199,7 @@ def all_figures(result: Result) -> list[Figure]:
         *model_figures(result),
         *requests_figures(result),
         *gqa_figures(result),
+        *decode_figures(result),
         *generate_figures(result),
         *gates_figures(result),
         *import_figures(result),

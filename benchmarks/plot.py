@@ -147,6 +147,25 @@ def gqa_plot(cases: list[Case]) -> bytes:
     return png(figure)
 
 
+def decode_plot(cases: list[Case]) -> bytes:
+    """PNG: bandwidth over the bytes that are needed, relative to a plain read, a group of bars per case."""
+    figure = Figure(figsize=(max(8, 1.35 * len(cases)), 5), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    bars = {"sdpa": "#777777", "all_on": "#000000", WARM: OURS}
+    width = 0.8 / len(bars)
+    for index, (name, color) in enumerate(bars.items()):
+        parts = [case["kept_bytes"] / case["all_bytes"] if name == WARM else 1.0 for case in cases]
+        heights = [part * estimate(speed(case, name, ["read"])).value for case, part in zip(cases, parts, strict=True)]
+        places = [place + (index - (len(bars) - 1) / 2) * width for place in range(len(cases))]
+        axes.bar(places, heights, width, label=name, color=color)
+    labels = [case["name"].removeprefix("decode-").replace("-", "\n") for case in cases]
+    axes.set_xticks(range(len(cases)), labels, fontsize=7)
+    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.set_ylabel("bandwidth over that of a plain read")
+    figure.legend(loc="outside upper center", ncols=len(bars), frameon=False)
+    return png(figure)
+
+
 def generate_plot(cases: list[Case]) -> bytes:
     """PNG: milliseconds per new token, prompt included, and the part of attention in it; a panel per case."""
     figure = Figure(figsize=(5.2 * len(cases), 4.6), dpi=110, layout="constrained")

@@ -13,10 +13,12 @@ import typer
 from sparse_heads._files import write_whole
 
 from .figures import Case, Figure, Result, all_figures, timed
-from .plot import block_plot, gates_plot, generate_plot, gqa_plot, model_plot, requests_plot
+from .plot import block_plot, decode_plot, gates_plot, generate_plot, gqa_plot, model_plot, requests_plot
 from .tables import (
     block_losses,
     block_table,
+    decode_losses,
+    decode_table,
     gates_table,
     generate_table,
     gqa_losses,
@@ -68,6 +70,16 @@ SECTIONS = {
         gqa_plot,
         gqa_table,
         gqa_losses,
+    ),
+    "decode": Section(
+        "Decoding",
+        "`sparse_heads.attention_decode` by itself, one new position a request; heads are query heads / key-value "
+        "heads of a size. Bandwidths are over the bytes of the cache that the heads that are on need; read: the sum of "
+        "an array of as many bytes as all heads need. SDPA: all heads, on caches without pages, with a mask where "
+        "lengths are uneven. Relative speeds: above 1 is faster.",
+        decode_plot,
+        decode_table,
+        decode_losses,
     ),
     "generate": Section(
         "Greedy generation",

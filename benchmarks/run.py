@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sparse_heads._files import write_whole
 
 from . import candidates as block_and_model
-from . import generation, grouped_queries, per_request, report, training
+from . import decode, generation, grouped_queries, per_request, report, training
 from .cases import AnyCase
 from .environment import import_times, passport
 from .gate import wrong_candidates
@@ -31,6 +31,7 @@ CANDIDATES_OF = {
     "model": block_and_model.candidates_of,
     "requests": per_request.candidates_of,
     "gqa": grouped_queries.candidates_of,
+    "decode": decode.candidates_of,
     "generate": generation.candidates_of,
     "gates": training.candidates_of,
 }

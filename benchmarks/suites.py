@@ -7,7 +7,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from .cases import KEPT_HEADS, AnyCase, Case, GatesCase, GenerateCase, GqaCase, RequestsCase, independent, rotated
+from .cases import (
+    KEPT_HEADS,
+    NUM_HEADS,
+    AnyCase,
+    Case,
+    DecodeCase,
+    GatesCase,
+    GenerateCase,
+    GqaCase,
+    RequestsCase,
+    independent,
+    rotated,
+)
 
 HIDDEN_SIZES = (384, 768)
 SHAPES = ((1, 1), (1, 16), (1, 128), (8, 128), (4, 512), (1, 2048))  # (batch, tokens)
@@ -104,6 +116,22 @@ GQA = tuple(
         gqa_cases(*heads, batch=4, tokens=tokens) for heads in ((12, 4, 64), (32, 8, 128)) for tokens in (16, 128, 1024)
     )
 )
+MAIN_DECODE = DecodeCase(12, 12, 64, "float32", (4096,) * 8, (KEPT_HEADS[12],) * 8, "all")
+HALF_DECODE = replace(MAIN_DECODE, kept=independent(8, 0.5, seed=8), label="independent")
+DECODE = (
+    MAIN_DECODE,
+    HALF_DECODE,
+    replace(MAIN_DECODE, kept=independent(8, 0.25, seed=8), label="independent"),
+    replace(HALF_DECODE, dtype="bfloat16"),
+    replace(HALF_DECODE, lengths=tuple(range(512, 4097, 512))),
+    replace(HALF_DECODE, page_size=64),
+    replace(HALF_DECODE, lengths=(16384,), kept=independent(1, 0.5, seed=1)),
+    # Half of the key/value heads, other ones in each request.
+    *(
+        replace(MAIN_DECODE, kv_heads=one.kv_heads, head_dim=one.head_dim, kept=one.kept, label=one.label)
+        for one in gqa_cases(NUM_HEADS, 4, 128, batch=8, tokens=4096)
+    ),
+)
 GENERATE = tuple(GenerateCase(768, 12, batch, 256, 64) for batch in (1, 8))
 # The last "zeros" has a whole feed-forward, which gates do not touch; in the other two attention dominates.
 GATES = (
@@ -127,9 +155,10 @@ SUITES = {
     "model-grid-long": Suite(tuple(one for one in GRID if one not in SHORT_GRID), SHORT_GRID, rounds=10, imports=True),
     "requests": Suite(REQUESTS, requests_cases(768, 8, 1) + requests_cases(768, 8, 128)),
     "gqa": Suite(GQA, short(GQA, 512)),
+    "decode": Suite(DECODE, tuple(replace(one, lengths=tuple(each // 16 for each in one.lengths)) for one in DECODE)),
     # a call takes seconds, and the machine's short disturbances average out within it
     "generate": Suite(GENERATE, tuple(replace(one, layers=2, tokens=32, new_tokens=8) for one in GENERATE), rounds=15),
     "gates": Suite(GATES, tuple(replace(one, layers=2, batch=2, tokens=16) for one in QUICK_GATES), rounds=15),
 }
 # Together, one result file each.
-GROUPS = {"cpu": ("block", "model", "requests", "gqa", "generate", "gates")}
+GROUPS = {"cpu": ("block", "model", "requests", "gqa", "decode", "generate", "gates")}

@@ -139,6 +139,38 @@ def gqa_losses(cases: list[Case]) -> str:
     return text + f"Slower than SDPA on sliced heads, by the whole interval: {names_of(slower)}."
 
 
+def bandwidth(case: Case, name: str) -> float:
+    """Gigabytes of the cache that a candidate needs, per second."""
+    size = case["kept_bytes"] if name == WARM else case["all_bytes"]
+    return size / median(case, name) / 1000
+
+
+def decode_table(cases: list[Case]) -> str:
+    """One row a case: times, bandwidths over the bytes that are needed, and speeds relative to all on."""
+    timed_names, rated = (WARM, "all_on", "no_mask", "sdpa", "read"), (WARM, "all_on", "sdpa", "read")
+    rows = []
+    for case in cases:
+        shape = f"{case['num_heads']}/{case['kv_heads']} of {case['head_dim']} {case['dtype']}"
+        lengths = " uneven" if min(case["lengths"]) < case["tokens"] else ""
+        pages = f" pages of {case['page_size']}" if case["page_size"] else ""
+        rows.append(
+            [shape, f"{shape_of(case)}{lengths}{pages}", f"{case['kept_count']} of {case['heads']}"]
+            + [f"{median(case, name):.0f}" for name in timed_names]
+            + [f"{bandwidth(case, name):.1f}" for name in rated]
+            + [over(case, WARM, "all_on"), f"{case['all_bytes'] / case['kept_bytes']:.2f}"]
+            + [over(case, "all_on", "sdpa"), over(case, "all_on", "read")]
+        )
+    header = ["heads", "B x cache", "on", *(f"{name} us" for name in timed_names)]
+    header += [*(f"{name} GB/s" for name in rated), "ours over all on [95 % interval]", "bytes allow"]
+    return table([*header, "all on over SDPA [95 % interval]", "all on over read [95 % interval]"], rows)
+
+
+def decode_losses(cases: list[Case]) -> str:
+    """In which cases ours loses to SDPA with all heads on, whatever is on in ours."""
+    behind = [case for case in cases if median(case, "all_on") > median(case, "sdpa")]
+    return f"With all heads on slower than SDPA: {names_of(behind)}."
+
+
 def generate_table(cases: list[Case]) -> str:
     """One row a case and candidate: milliseconds of the call, per new token and in attention; speeds over dense."""
     rows = []

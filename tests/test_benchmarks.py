@@ -18,6 +18,7 @@ from benchmarks.cases import (
     KEPT_HEADS,
     AnyCase,
     Case,
+    DecodeCase,
     GatesCase,
     GenerateCase,
     GqaCase,
@@ -27,7 +28,7 @@ from benchmarks.cases import (
 from benchmarks.gate import Oracle, Oracles, Tokens, wrong_candidates
 from benchmarks.models import own_attention, random_bert
 from benchmarks.statistics import Estimate, estimate, geometric_mean, median_replicates
-from benchmarks.suites import GATES, GQA, GROUPS, SUITES, Suite, model_case
+from benchmarks.suites import DECODE, GATES, GQA, GROUPS, SUITES, Suite, model_case
 from benchmarks.timing import Candidate, Stopwatch, interleave
 from sparse_heads.testing import items_run
 
@@ -36,6 +37,7 @@ MODEL = model_case(48, (3, 7), (6, 1), "demo")
 REQUESTS = RequestsCase(48, 5, (KEPT_HEADS[3], KEPT_HEADS[1], KEPT_HEADS[12]), "independent")
 EQUAL = RequestsCase(48, 5, (KEPT_HEADS[6],) * 3, "equal")
 GROUPED = GqaCase(6, 2, 5, 7, ((3, 4, 5), (0, 4), ()), "groups")
+DECODING = DecodeCase(6, 2, 8, "float32", (40, 7, 16), ((3, 4, 5), (0, 4), ()), "groups")
 GENERATE = GenerateCase(48, 2, 3, 9, 6)
 ONE_SENTENCE = replace(GENERATE, batch=1)
 GATED = {label: GatesCase(48, 2, 24, 2, 5, label) for label in ("joint", "pipelined", "zeros", "sweep")}
@@ -45,6 +47,8 @@ EVERY_KIND = {
     "requests": REQUESTS,
     "equal requests": EQUAL,
     "grouped queries": GROUPED,
+    "decode": DECODING,
+    "decode from pages": replace(DECODING, lengths=(32, 9, 16), page_size=16, dtype="bfloat16"),
     "generate": GENERATE,
     "generate, batch 1": ONE_SENTENCE,
     **GATED,
@@ -54,6 +58,7 @@ TIMED = {
     "model": {"dense", "repacked", "ours", "ours_first", "set_heads", "ceiling"},
     "requests": {"dense", "dense_fused", "mask_only", "reference", "alone", "alone_fused", "ours", "ours_first"},
     "gqa": {"ours", "all_on", "no_mask", "sdpa_gqa", "sdpa_repeated", "sliced", "alone"},
+    "decode": {"ours", "all_on", "no_mask", "sdpa", "read"},
     "generate": {"dense", "mask_only", "repacked", "repacked_fused", "ours"},
     "gates": {"dense", "ours"},
 }
@@ -94,6 +99,12 @@ def gqa_result(ours: float) -> dict:
     times = {"ours": ours, "sliced": 25.0, "alone": 20.0, "sdpa_gqa": 80.0, "sdpa_repeated": 60.0}
     cases = [one for one in GQA if one.tokens == 1024 and one.num_heads == 12]
     return result_of(*(entry(case, times | {"all_on": 36.0, "no_mask": 36.0}) for case in cases))
+
+
+def decode_result(ours: float = 20.0, all_on: float = 36.0, sdpa: float = 40.0) -> dict:
+    """All decode cases, a plain read 34 microseconds."""
+    times = {"ours": ours, "all_on": all_on, "no_mask": all_on, "sdpa": sdpa, "read": 34.0}
+    return result_of(*(entry(case, times) for case in DECODE))
 
 
 def generate_result(ours: float, dense: float = 32.0) -> dict:
@@ -391,6 +402,15 @@ def test_limits_of_the_figures_for_grouped_queries_and_generate():
     assert verdicts(generate_result(ours=20.0)) == [True] and verdicts(generate_result(ours=20.1)) == [False]
 
 
+def test_limits_of_the_figures_for_decoding():
+    # all heads on over a plain read and over SDPA, half of the heads over all
+    assert verdicts(decode_result()) == [True] * 3
+    assert verdicts(decode_result(ours=22.0, all_on=40.0)) == [True] * 3
+    assert verdicts(decode_result(ours=22.0, all_on=40.1)) == [False, True, True]
+    assert verdicts(decode_result(sdpa=34.1)) == [True, False, True]
+    assert verdicts(decode_result(ours=20.1)) == [True, True, False]
+
+
 def test_limits_of_the_figures_for_gates():
     assert verdicts(gates_result()) == [True] * 5  # joint, pipelined, zeros, sweep without and with a loss
     assert verdicts(gates_result(step=10.6)) == [False, False, True, True, True]
@@ -428,6 +448,15 @@ def test_other_shapes_than_the_main_one_have_no_verdict():
             ],
         ),
         (
+            decode_result(all_on=80.0),
+            [
+                "| 12/12 of 64 float32 | 8x4096 independent | 48 of 96 | 20 | 80 | 80 | 40 | 34 |"
+                " 5033.2 | 2516.6 | 5033.2 | 5921.4 | 4.000 [4.000, 4.000] | 2.00 |"
+                " 0.500 [0.500, 0.500] | 0.425 [0.425, 0.425] |",
+                "With all heads on slower than SDPA: `decode-H12-12-D64-float32-8x4096-all-96of96`,",
+            ],
+        ),
+        (
             generate_result(ours=16000.0, dense=32000.0),
             [
                 "| 1x9+6 | ours | 160 | 26.67 | 16 | 4 | 12 | "
@@ -444,7 +473,7 @@ def test_other_shapes_than_the_main_one_have_no_verdict():
             ],
         ),
     ],
-    ids=["requests", "gqa", "generate", "gates"],
+    ids=["requests", "gqa", "decode", "generate", "gates"],
 )
 def test_tables_say_what_the_samples_say(result: dict, rows: list[str], tmp_path):
     path = tmp_path / "tiny.json"
