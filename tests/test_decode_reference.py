@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from decode_inputs import draw, draw_inputs, draw_mask, in_pages, plain_decode
+from decode_inputs import draw, draw_inputs, in_pages, plain_decode
 
 from sparse_heads import attention_decode
 from sparse_heads.ops.decode import decode_bytes

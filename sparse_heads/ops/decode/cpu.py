@@ -25,7 +25,7 @@ def decode_cpu(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """`decode` on CPU tensors. float16 and bfloat16 are computed in float32; the output is laid out as [B, T, H, Dv]."""
+    """`decode` on CPU tensors. float16 and bfloat16 are computed in float32; the output lies as [B, T, H, Dv]."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     return operators.attention_decode(
         query,
