@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .launch import Launch
 
+# Kernels are not compiled anew where one is 1 or a multiple of 16.
+SIZES = ("batch", "num_heads", "num_kv_heads", "group")
+
 
 class WorkList(NamedTuple):
     """int32 tensors; what lies past the ends is unspecified.
@@ -26,7 +29,7 @@ class WorkList(NamedTuple):
     count: Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _compact_heads(
     head_mask, mask_strides, kv_heads, heads, group_counts, num_heads, num_kv_heads, group,
     BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, STEP: tl.constexpr,
@@ -63,7 +66,7 @@ def _head(head_mask, mask_strides, kv_heads, request, head, num_heads, group):
     return active, read
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _place_items(group_counts, items, count, batch, num_kv_heads, BLOCK_KV: tl.constexpr, STEP: tl.constexpr):
     """Writes the items of one request behind those of the earlier ones."""
     request = tl.program_id(0)

@@ -15,7 +15,18 @@ from ...._triton.primitives import dot
 from ...._triton.work_list import WorkList, attention_work_list
 from .arguments import group_size, shared_arguments
 from .configs import Config, choose
-from .primitives import LN_2, LOG2_E, key_range, load_rows, log2_scores, masked, packed_rows, store_rows, work_item
+from .primitives import (
+    LN_2,
+    LOG2_E,
+    SIZES,
+    key_range,
+    load_rows,
+    log2_scores,
+    masked,
+    packed_rows,
+    store_rows,
+    work_item,
+)
 
 
 @triton.jit
@@ -46,7 +57,7 @@ def _attend(
     return accumulator, row_sum, row_max
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _attention_forward(
     query, query_strides, key, key_strides, value, value_strides, attn_mask, mask_strides,
     gate, gate_strides, sinks, sink_stride, output, output_strides, ungated, logsumexp,

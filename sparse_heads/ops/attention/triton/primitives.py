@@ -15,6 +15,8 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# Sizes that nothing is gained by knowing: kernels are not compiled anew where one is 1 or a multiple of 16.
+SIZES = ("item_count", "num_heads", "kv_heads", "tokens", "keys", "left", "right", "tiles", "turns")
 
 
 @triton.jit
