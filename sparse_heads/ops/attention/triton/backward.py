@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 from ...._triton import capability
@@ -32,27 +33,33 @@ def attention_backward(
     output_ungated: Tensor,
     logsumexp: Tensor,
     wanted: list[bool],
-    *,
-    configs: dict[str, Config] | None = None,
 ) -> list[Tensor]:
     """The gradients wanted, in the order query, key, value, gate, attn_mask, sinks.
 
-    gate and sinks [B, H] and attn_mask [B, H, T, S] are float32. configs: by pass ("backward prepare", "backward
-    keys", "backward queries"), instead of those of the table.
+    gate and sinks [B, H] and attn_mask [B, H, T, S] are float32.
     """
+    if not any(wanted):
+        return []
+    want_query, want_key, want_value, want_gate, want_mask, want_sinks = wanted
     batch, heads, tokens, head_dim = query.shape
     keys, value_dim = value.shape[2:]
-    want_query, want_key, want_value, want_gate, want_mask, want_sinks = wanted
     group = group_size(query, key, kv_heads)
 
-    def config(kernel: str, rows: int) -> Config:
-        if configs is not None:
-            return configs[kernel]
+    def config(kernel: str, rows: int, needs_registers: bool = False) -> Config:
+        kernel += ", more registers" if needs_registers else ""
         return choose(kernel, head_dim, value_dim, query.element_size(), rows, capability(query.device))
+
+    changes_scores = softcap != 0 or attn_mask is not None
+    prepare = config("backward prepare", tokens)
+    over_keys = config("backward keys", tokens, changes_scores or (gate is not None and group > 1))
+    over_queries = config("backward queries", tokens * group, changes_scores)
 
     def gradient_like(tensor: Tensor, zeros: bool) -> Tensor:
         sizes = [tensor.shape[dimension] for dimension in (0, 2, 1, 3)]
         return (tensor.new_zeros if zeros else tensor.new_empty)(sizes).transpose(1, 2)
+
+    def float32(*sizes: int) -> Tensor:
+        return query.new_empty(sizes, dtype=torch.float32)
 
     some_off = head_mask is not None or kv_heads is not None
     query_gradient = gradient_like(query, zeros=head_mask is not None) if want_query else None
@@ -60,23 +67,18 @@ def attention_backward(
     value_gradient = gradient_like(value, zeros=some_off) if want_value else None
     mask_gradient = query.new_zeros((batch, heads, tokens, keys), dtype=torch.float32) if want_mask else None
 
-    prepare, over_keys = config("backward prepare", tokens), config("backward keys", tokens)
-    over_queries = config("backward queries", tokens * group)
     block = max(prepare.block_m, over_keys.block_m)
-    padded_tokens = -(-tokens // block) * block
-    statistics = None
-    if want_query or want_key or want_value or want_mask:
-        statistics = query.new_empty((2, batch, heads, padded_tokens), dtype=torch.float32)
-    tiles = padded_tokens // prepare.block_m
-    gate_sums, sink_sums = (
-        query.new_empty((batch, heads, tiles), dtype=torch.float32) if want else None
-        for want in (want_gate, want_sinks)
-    )
+    statistics = float32(2, batch, heads, triton.cdiv(tokens, block) * block)
+    tiles = statistics.shape[3] // prepare.block_m
+    gate_sums, sink_sums = (float32(batch, heads, tiles) if want else None for want in (want_gate, want_sinks))
     prepare_launch(
         grad, output_ungated, logsumexp, head_mask, gate, sinks, statistics, gate_sums, sink_sums, prepare
     ).run()
 
-    work = attention_work_list(head_mask, kv_heads, batch, heads, key.shape[1], query.device) if some_off else None
+    work = None
+    # Where heads share keys a list takes fewer registers than counting on.
+    if some_off or group > 1:
+        work = attention_work_list(head_mask, kv_heads, batch, heads, key.shape[1], query.device)
     inputs = (query, key, value, attn_mask, grad, statistics, gate)
     options = {"span": (left, right), "scale": scale, "softcap": softcap, "group": group, "tf32": tf32}
     if want_key or want_value:

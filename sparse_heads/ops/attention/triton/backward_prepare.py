@@ -38,10 +38,9 @@ def _attention_backward_prepare(
     output_rows = load_rows(output + token * output_strides[2], output_strides[3], exists, VALUE_DIM, BLOCK_V)
     # The output of a query that sees no key is a constant, whatever its gradient holds.
     sums = tl.where(log_sum == float("inf"), 0.0, tl.sum(grad_rows.to(tl.float32) * output_rows.to(tl.float32), 1))
-    if statistics is not None:
-        place = statistics + row_of_heads * (tiles * BLOCK_M) + token
-        tl.store(place, log_sum * LOG2_E)
-        tl.store(place + tl.num_programs(0).to(tl.int64) * BLOCK_M, sums)
+    statistics += program * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(statistics, log_sum * LOG2_E)
+    tl.store(statistics + tl.num_programs(0).to(tl.int64) * BLOCK_M, sums)
     if gate_sums is not None:
         tl.store(gate_sums + program, tl.sum(sums, 0))
     if sink_sums is not None:
@@ -58,17 +57,18 @@ def prepare_launch(
     head_mask: Tensor | None,
     gate: Tensor | None,
     sinks: Tensor | None,
-    statistics: Tensor | None,
+    statistics: Tensor,
     gate_sums: Tensor | None,
     sink_sums: Tensor | None,
     config: Config,
 ) -> Launch:
-    """Fills, of the heads that run, statistics [2, B, H, padded tokens] with log2(e) * logsumexp and the softmax delta
-    over the gate, rowsum(grad * output_ungated), and past the last token with infinity and 0; and of all heads gate_sums
-    and sink_sums [B, H, tiles] with what each tile of tokens adds to these gradients. What is not wanted is None."""
+    """Fills statistics [2, B, H, tokens of whole tiles] of the heads that run: log2(e) * logsumexp, and the softmax
+    delta over the gate, rowsum(grad * output_ungated); past the last token infinity and 0. And of all heads, where
+    wanted (not None), gate_sums and sink_sums [B, H, tiles]: what each tile of tokens adds to these gradients.
+    """
     batch, heads, tokens, value_dim = grad.shape
     head_mask, gate = (None if tensor is None else tensor.expand(batch, heads) for tensor in (head_mask, gate))
-    tiles = triton.cdiv(tokens if statistics is None else statistics.shape[3], config.block_m)
+    tiles = statistics.shape[3] // config.block_m
     arguments = {
         "grad": grad,
         "grad_strides": grad.stride(),

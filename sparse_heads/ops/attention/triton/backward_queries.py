@@ -36,14 +36,16 @@ def _add_keys(
         products = dot(q, tl.trans(k), zeros, PRECISION)
         value_products = dot(g, tl.trans(v), zeros, PRECISION)
         key_stride = None if attn_mask is None else mask_strides[3]
+        # Rows have one gate each, so that it can wait until their sums are there.
         probabilities = gated_probabilities(
-            products, log2_sum, gate, scale, softcap, attn_mask, key_stride, position, index[None, :], keys, left, right,
-            BOUNDARY,
+            products, log2_sum, None, scale, softcap, attn_mask, key_stride, position, index[None, :], keys, left,
+            right, BOUNDARY,
         )  # fmt: skip
         gradients = score_gradients(probabilities, value_products, log2_sum, delta, EMPTY_ROWS)
         if mask_gradient is not None:
             written = valid[:, None] & (index < keys)[None, :]
-            tl.store(mask_gradient[:, None] + row[None, :], gradients, mask=written)
+            written_gradients = gradients if gate is None else gradients * gate
+            tl.store(mask_gradient[:, None] + row[None, :], written_gradients, mask=written)
         if WANT_QUERY:
             gradients = product_gradients(gradients, products, log2_sum, scale, softcap, EMPTY_ROWS)
             query_sums = dot(gradients.to(k.dtype), k, query_sums, PRECISION)
@@ -53,7 +55,8 @@ def _add_keys(
 @triton.jit
 def _attention_backward_queries(
     query, query_strides, key, key_strides, value, value_strides, attn_mask, mask_strides,
-    grad, grad_strides, statistics, delta_offset, padded_tokens, gate, gate_strides, query_gradient, query_gradient_strides, mask_gradient,
+    grad, grad_strides, statistics, delta_offset, padded_tokens, gate, gate_strides,
+    query_gradient, query_gradient_strides, mask_gradient,
     heads, items, item_count, num_heads, kv_heads, tokens, keys, left, right, scale, softcap, tiles, turns,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EMPTY_ROWS: tl.constexpr,
@@ -99,7 +102,7 @@ def _attention_backward_queries(
         )  # fmt: skip
 
     if query_gradient is not None:
-        query_sums *= scale
+        query_sums *= scale if gate is None else scale * row_gate
         if EMPTY_ROWS:
             # Where no key is seen, keys may hold anything.
             query_sums = tl.where(log2_sum == float("inf"), 0.0, query_sums)
