@@ -135,6 +135,8 @@ def _attention_backward_keys(
         gate += request * gate_strides[0]
     if attn_mask is not None:
         attn_mask += request * mask_strides[0]
+        # Keys past the end repeat the last: what they sum up is not stored.
+        index = tl.minimum(index, keys - 1)
     gate_stride = None if gate is None else gate_strides[1]
 
     last_key = tl.minimum(first_key + BLOCK_N, keys) - 1
