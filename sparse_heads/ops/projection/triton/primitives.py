@@ -93,7 +93,8 @@ def add_sum_over_heads(
     for start in range(0, count * HEAD_DIM, BLOCK_K):
         if ALIGNED:
             slot = start // HEAD_DIM
-            dimension = start % HEAD_DIM + tl.arange(0, BLOCK_K)
+            # Triton 3.6 does not see it, and would load one number at a time.
+            dimension = tl.multiple_of(start % HEAD_DIM + tl.arange(0, BLOCK_K), BLOCK_K)
             next_head = tl.load(heads + tl.minimum((start + BLOCK_K) // HEAD_DIM, count - 1)).to(tl.int64)
         else:
             term = start + tl.arange(0, BLOCK_K)
