@@ -64,12 +64,12 @@ def in_projection_kernel(
         x_strides[2], weight_strides[1], BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
     )  # fmt: skip
     column_runs = term < runs * HEAD_DIM
+    bias = tl.zeros([BLOCK_N], tl.float32)
     for i in tl.static_range(len(biases)):
         if biases[i] is not None:
             own = term < tl.where(segment == i, runs * HEAD_DIM, 0)
-            bias = tl.load(biases[i] + head * HEAD_DIM + dimension, mask=own, other=0.0)
-            accumulator += bias.to(tl.float32)[None, :]
-    accumulator = tl.where(column_runs[None, :], accumulator, 0.0)
+            bias += tl.load(biases[i] + head * HEAD_DIM + dimension, mask=own, other=0.0)
+    accumulator = tl.where(column_runs[None, :], accumulator + bias[None, :], 0.0)
     if counts is not None:
         column = heads_of(listed, term, length, HEAD_DIM) * HEAD_DIM + dimension
     else:
