@@ -55,16 +55,33 @@ struct ChunkBuffers {
   Buffer<Scalar> keys, values, queries, scores;
 };
 
+// Pointers to the rows of `count` positions, every `step`-th of `rows`.
+template <class Scalar>
+SPARSE_HEADS_INLINE void list_positions(
+    const Decode<Scalar>& decode, const HeadGroup& heads, const Array4& cache, int64_t position, int64_t count,
+    const char** rows, int64_t step) {
+  const int64_t size = cache.strides[2] * element_size(cache.element);
+  while (count > 0) {
+    const int64_t run =
+        decode.block_table.data ? std::min(count, decode.page_size - position % decode.page_size) : count;
+    const char* row = decode.row(cache, heads.request, heads.kv_head, position);
+    for (int64_t i = 0; i < run; ++i) rows[i * step] = row + i * size;
+    rows += run * step;
+    position += run;
+    count -= run;
+  }
+}
+
 // Pointers to the rows from `begin` to `end`, in turn from every stream or one after the other; they are copied where
 // their elements are no neighbours. Returns the type of the elements that they point to.
 template <class Math, class Scalar = typename Math::Scalar>
 SPARSE_HEADS_INLINE Element list_rows(
     const Decode<Scalar>& decode, const HeadGroup& heads, const Array4& cache, int64_t columns, int64_t begin,
     int64_t end, bool in_streams, Buffer<Scalar>& buffer, const char** rows) {
-  constexpr int64_t kStreamKeys = kChunkKeys / kStreams;
-  for (int64_t i = 0; i < end - begin; ++i) {
-    const int64_t place = in_streams ? i % kStreams * kStreamKeys + i / kStreams : i;
-    rows[i] = decode.row(cache, heads.request, heads.kv_head, begin + place);
+  const int64_t streams = in_streams ? kStreams : 1;
+  const int64_t stream_keys = (end - begin) / streams;
+  for (int64_t stream = 0; stream < streams; ++stream) {
+    list_positions(decode, heads, cache, begin + stream * stream_keys, stream_keys, rows + stream, streams);
   }
   if (cache.strides[3] == 1 || columns <= 1) return cache.element;
   const int64_t stride = whole_vectors<Scalar>(columns);
