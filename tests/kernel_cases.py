@@ -188,11 +188,16 @@ CASES: list[Case] = [
         )
     ),
     Projections(64, kv_heads=4, training=True),
+    # Enough of them that the largest tiles leave no multiprocessor idle.
+    Projections(128, heads=32, kv_heads=32, per_request=False, training=True),
     Projections(64, torch.float16, training=True),
     # Sizes that fill no tile and align with nothing.
     Attention(80, value_dim=24, tokens=111, keys=113, causal=True, gate=True, training=True),
     Attention(16, tokens=111, training=True),
     Attention(200, kv_heads=8, tokens=111, causal=True, training=True),
-    Projections(80, tokens=111, width=1000, bias=True, gate=True, training=True),
+    *(
+        Projections(80, tokens=tokens, width=width, bias=True, gate=True, training=True)
+        for tokens, width in ((111, 1000), (4096, 1280), (4096, 1000))
+    ),
     Projections(24, tokens=3, width=360, per_request=False, training=True),
 ]
