@@ -135,7 +135,11 @@ OUT_CASES = [
         InvalidArgumentError,
         "gate: wanted finite values, got NaN or infinity in a float32 tensor [4]",
     ),
-    ({"backend": None}, InvalidArgumentError, "backend: wanted one of ('auto', 'reference', 'cpu', 'triton'), got NoneType None"),
+    (
+        {"backend": None},
+        InvalidArgumentError,
+        "backend: wanted one of ('auto', 'reference', 'cpu', 'triton'), got NoneType None",
+    ),
 ]
 
 
