@@ -74,7 +74,7 @@ HEAD_MASKS = {
 @pytest.mark.parametrize("name", HEAD_MASKS)
 def test_head_masks(name, kv_heads, dtype):
     head_mask = HEAD_MASKS[name].to(DEVICE)
-    output = check({**draw_inputs(2, 6, kv_heads, 20, 24, 16), "head_mask": head_mask, "span": CAUSAL}, dtype)
+    output = check({**draw_inputs(2, 6, kv_heads, 17, 20, 16), "head_mask": head_mask, "span": CAUSAL}, dtype)
     assert (output[~head_mask.expand(2, 6)] == 0).all()
 
 
@@ -126,7 +126,7 @@ def test_attention_masks_in_the_dtype_of_the_query(dtype):
     assert torch.equal(in_dtype, in_float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [None, 0.3, -0.5, 0.0, 40.0])
 @pytest.mark.parametrize("softcap", [None, 0.5, 5.0])
 def test_scale_and_softcap(softcap, scale, dtype):
