@@ -150,3 +150,33 @@ def test_a_launch_is_made_on_the_device_of_its_tensors(monkeypatch):
     kernel = Kernel()
     Launch(kernel, (1,), {"mask": None, "out": torch.empty(3).as_subclass(Elsewhere)}, {}).run()
     assert kernel.launched == [[GPU]] and current == []
+
+
+# In a process of its own: once the newer settings were written the older cannot be read.
+TF32 = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+import sparse_heads as sh
+from sparse_heads._triton import allows_tf32
+
+found = [allows_tf32()]
+for allowed in (True, False):
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    found.append(allows_tf32())
+for precision in ("tf32", "ieee", "none"):
+    torch.backends.cuda.matmul.fp32_precision = precision
+    found.append(allows_tf32())
+torch.backends.fp32_precision = "tf32"
+found.append(allows_tf32())
+assert found == [False, True, False, True, False, False, True], found
+x, mask = torch.randn(1, 2, 16), torch.ones(1, 2, dtype=torch.bool)
+heads = sh.in_projection(x, torch.randn(32, 16), None, mask, head_dim=16, backend="triton")
+heads = sh.attention(heads, heads, heads, backend="triton")
+sh.out_projection(heads, torch.randn(16, 32), None, mask, backend="triton")
+"""
+
+
+def test_tf32_may_be_allowed_by_any_setting():
+    run = subprocess.run([sys.executable, "-c", TF32], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

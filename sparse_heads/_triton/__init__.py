@@ -55,6 +55,16 @@ def require(device: torch.device) -> None:
         raise BackendUnavailableError(f"backend: 'triton' is not available: {reason}")
 
 
+# Read while compiling; what is compiled is guarded by these settings anyway.
+@torch.compiler.assume_constant_result
+def allows_tf32() -> bool:
+    """Whether float32 products may be TF32: the newer setting, which the older ones write too.
+
+    `allow_tf32` raises once the newer one was written.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def capability(device: torch.device) -> Capability:
     """Compute capability of the device that runs kernels on tensors of `device`."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else OLDEST_DEVICE

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from ...._triton import allows_tf32
 from . import operators
 
 __all__ = ["attention_triton"]
@@ -32,7 +33,7 @@ def attention_triton(
     gate = None if gate is None else gate.float()
     sinks = None if sinks is None else sinks.float()
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = query.dtype == torch.float32 and allows_tf32()
     tensors = (query, key, value, head_mask, kv_heads, gate, attn_mask, sinks)
     arguments = (*tensors, *span, scale, softcap or 0.0, tf32)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...._triton import allows_tf32
 from . import operators
 
 
@@ -64,7 +65,7 @@ def _in_projection(
     biased = [bias is not None for bias in biases]
     given = _autocast(*(bias for bias in biases if bias is not None))
     operator = operators.in_projection if _any_requires_grad(x, *weights, *given) else operators.in_projection_forward
-    return operator(x, weights, given, biased, heads, head_dim, torch.backends.cuda.matmul.allow_tf32)
+    return operator(x, weights, given, biased, heads, head_dim, allows_tf32())
 
 
 def _out_projection(heads: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, kept: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ def _out_projection(heads: Tensor, weight: Tensor, bias: Tensor | None, gate: Te
     gate = None if gate is None else gate.float()
     with_gradient = _any_requires_grad(heads, weight, bias, gate)
     operator = operators.out_projection if with_gradient else operators.out_projection_forward
-    return operator(heads, weight, bias, gate, kept, torch.backends.cuda.matmul.allow_tf32)
+    return operator(heads, weight, bias, gate, kept, allows_tf32())
 
 
 def _as_heads(heads: Tensor, head_dim: int) -> Tensor:
