@@ -133,6 +133,20 @@ def test_any_strides_give_the_same_bits(mask):
     assert torch.equal(project_out(**given, **leaves), expected)
 
 
+@pytest.mark.parametrize("mask", ["half", "per request"])
+@pytest.mark.parametrize(
+    "lay_out", [lambda bias: bias.repeat_interleave(2)[::2], lambda bias: bias[:1].expand(bias.shape)]
+)
+def test_biases_of_any_stride(mask, lay_out):
+    given = {"implementation": projections, "mask": head_mask(mask, SMALL), "head_dim": SMALL.head_dim}
+    for project, leaves in ((project_in, _float(in_leaves(SMALL))), (project_out, _float(out_leaves(SMALL)))):
+        biases = {name: lay_out(leaf) for name, leaf in leaves.items() if "bias" in name and leaf is not None}
+        assert biases and not any(bias.is_contiguous() for bias in biases.values())
+        contiguous = {name: bias.contiguous() for name, bias in biases.items()}
+        first, second = (project(**given, **{**leaves, **each}) for each in (biases, contiguous))
+        assert all_equal(*((each if isinstance(each, tuple) else (each,)) for each in (first, second)))
+
+
 @pytest.mark.parametrize("tiles", ["chosen", "small"])
 def test_other_requests_masks_change_no_bit(tiles, monkeypatch):
     use_tiles(monkeypatch, tiles)

@@ -49,7 +49,8 @@ def _run_in_projection(x, weights, biases, biased, heads, head_dim, tf32):
     from .in_forward import in_projection
 
     remaining = iter(biases)
-    optional = [next(remaining) if has_bias else None for has_bias in biased]
+    # Kernels read biases one number after the other.
+    optional = [next(remaining).contiguous() if has_bias else None for has_bias in biased]
     return in_projection(x, weights, optional, heads, head_dim, tf32)
 
 
@@ -59,10 +60,10 @@ def _run_in_projection_backward(*arguments):
     return in_projection_backward(*arguments)
 
 
-def _run_out_projection(*arguments):
+def _run_out_projection(heads, weight, bias, gate, kept, tf32):
     from .out_forward import out_projection
 
-    return out_projection(*arguments)
+    return out_projection(heads, weight, None if bias is None else bias.contiguous(), gate, kept, tf32)
 
 
 def _run_out_projection_backward(*arguments):
