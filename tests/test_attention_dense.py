@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
 from sparse_heads.ops.attention import dense, sdpa
@@ -91,3 +92,11 @@ def test_kernels_are_asked_for_in_order(table, monkeypatch):
         shape = torch.Size([1, 4, 512, 64])
 
     assert sdpa._fastest_kernel(Cuda(), Cuda(), True) == ([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], True)
+
+
+@pytest.mark.parametrize(("batch", "heads", "expected"), [(2, 4, True), (2, 0, False), (0, 4, False)])
+def test_no_head_and_no_request_are_nothing_for_a_gpu(batch, heads, expected):
+    """Whose kernels count the heads that share keys."""
+    with FakeTensorMode():
+        assert sdpa._on_gpu(torch.empty(batch, heads, 5, 16, device="cuda")) is expected
+        assert not sdpa._on_gpu(torch.empty(batch, heads, 5, 16))

@@ -93,7 +93,7 @@ def _attend(
     if attn_mask is None and span == (-1, 0) and queries == keys:
         with _fastest_kernel(query, key, True):
             return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa)
-    if attn_mask is None and span == (-1, 0) and 1 < queries < keys and query.device.type == "cuda":
+    if attn_mask is None and span == (-1, 0) and 1 < queries < keys and _on_gpu(query):
         return _attend_last_queries(query, key, value, scale)
     visible = span_mask(queries, keys, span, query.device)
     if attn_mask is None and visible is None:
@@ -115,9 +115,14 @@ def _attend(
     return torch.where(sees_a_key, output, 0.0)
 
 
+def _on_gpu(query: torch.Tensor) -> bool:
+    """Whether there is anything for the kernels of a GPU to do."""
+    return query.device.type == "cuda" and 0 not in query.shape
+
+
 def _fastest_kernel(query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> contextlib.AbstractContextManager:
     """PyTorch's kernels in the order measured on this GPU, where there is one and it was measured."""
-    if query.device.type != "cuda" or torch.compiler.is_compiling() or 0 in (*query.shape, *key.shape):
+    if not _on_gpu(query) or torch.compiler.is_compiling() or 0 in key.shape:
         return contextlib.nullcontext()
     training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     ranked = ranked_kernels(torch.cuda.get_device_name(query.device), query, key, is_causal, training)
