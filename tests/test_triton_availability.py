@@ -93,6 +93,14 @@ def test_an_old_device_is_refused_by_its_capability(hopper):
         _triton.require(GPU)
 
 
+@pytest.mark.parametrize(
+    ("found", "expected"), [((8, 9), (8, 9)), ((10, 3), (10, 3)), ((12, 0), (8, 0)), ((12, 1), (8, 0))]
+)
+def test_a_workstations_device_takes_the_tiles_of_the_oldest(found, expected, hopper):
+    hopper.setattr(torch.cuda, "get_device_capability", lambda device: found)
+    assert _triton.capability(GPU) == expected
+
+
 def test_the_interpreter_counts_as_the_oldest_device():
     assert _triton.capability(CPU) == _triton.OLDEST_DEVICE == (8, 0)
 
