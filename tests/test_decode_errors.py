@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -130,6 +131,37 @@ def test_wrong_arguments_raise_a_clear_error(right, case):
 @pytest.mark.parametrize("right", [ROOM, PAGED], ids=["contiguous", "paged"])
 def test_the_right_arguments_raise_none(right):
     assert attention_decode(**right).shape == (2, 6, 3, 7)
+
+
+def lines_run(function) -> int:
+    """Lines of Python."""
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_entries_that_fill_up_a_block_table_are_not_looked_at_one_by_one():
+    _native.load()
+    attention_decode(**PAGED)
+
+    def padded(columns: int) -> dict:
+        table = torch.full((2, columns), -1, dtype=torch.int32)
+        table[:, :3] = torch.tensor([[4, 0, 2], [1, -1, -1]])
+        return {**PAGED, "block_table": table}
+
+    few, many = padded(4), padded(400)
+    assert lines_run(lambda: attention_decode(**few)) == lines_run(lambda: attention_decode(**many))
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])

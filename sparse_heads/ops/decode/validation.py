@@ -99,21 +99,23 @@ def _check_lengths(
         room, of = key_cache.shape[2], "S_max"
     else:
         room, of = block_table.shape[1] * key_cache.shape[1], "pages_per_request * page_size"
-    lengths = cache_lengths.tolist()
-    for request, length in enumerate(lengths):
+    # A list, as most batches are small: operators on tensors would take longer.
+    for request, length in enumerate(cache_lengths.tolist()):
         if not queries <= length <= room:
             wanted = f"lengths from T_q = {queries} to {of} = {room}"
             raise invalid("cache_lengths", wanted, f"{length} for request {request}")
     if block_table is not None:
-        _check_pages(block_table, lengths, *key_cache.shape[:2])
+        _check_pages(block_table, cache_lengths, *key_cache.shape[:2])
 
 
-def _check_pages(block_table: torch.Tensor, lengths: list[int], pages: int, page_size: int) -> None:
+def _check_pages(block_table: torch.Tensor, lengths: torch.Tensor, pages: int, page_size: int) -> None:
     """Entries behind a request's length may hold anything."""
     wrong = (block_table < 0) | (block_table >= pages)
     if not wrong.any():
         return
-    for request, place in wrong.nonzero().tolist():
-        if place * page_size < lengths[request]:
-            got = f"{int(block_table[request, place])} at [{request}, {place}], which length {lengths[request]} needs"
-            raise invalid("block_table", f"pages from 0 to {pages - 1}", got)
+    wrong &= torch.arange(block_table.shape[1]) * page_size < lengths[:, None]
+    if not wrong.any():
+        return
+    request, place = wrong.nonzero()[0].tolist()
+    got = f"{int(block_table[request, place])} at [{request}, {place}], which length {int(lengths[request])} needs"
+    raise invalid("block_table", f"pages from 0 to {pages - 1}", got)
