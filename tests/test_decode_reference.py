@@ -111,3 +111,10 @@ def test_bytes_of_pages_are_those_of_the_positions():
     paged = in_pages(arguments, 16)
     assert decode_bytes(**paged).total() == decode_bytes(**arguments).total()
     assert decode_bytes(**arguments).total() == 2 * 57 * 128 + 2 * 4 * 64 + 2 * 4 * 64
+
+
+def test_nothing_has_no_bytes():
+    no_request = draw_inputs(4, 2, 1, [], 8, room=5)
+    assert decode_bytes(**no_request).total() == 0
+    assert decode_bytes(**in_pages(no_request, 16)).total() == 0
+    assert decode_bytes(**draw_inputs(0, 0, 1, [3, 5], 8)).total() == 0

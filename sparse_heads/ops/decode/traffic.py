@@ -42,7 +42,7 @@ def decode_bytes(
     if head_mask is None:
         head_mask = torch.ones(batch, heads, dtype=torch.bool, device=query.device)
     head_mask = head_mask.expand(batch, heads)
-    groups = head_mask.reshape(batch, kv_heads, -1).any(-1).sum(-1)
+    groups = head_mask.reshape(batch, kv_heads, heads // max(1, kv_heads)).any(-1).sum(-1)
     positions = cache_lengths.long()
     left, _ = visible_span(True, window)
     if left >= 0:
