@@ -27,6 +27,7 @@ def environment() -> list[tuple[str, str]]:
         ("backend cuda", "not available: no kernels yet"),
         ("backend auto, projections", "reference" if reason else "cpu"),
         ("backend auto, attention", _attention_backends(reason is None)),
+        ("backend auto, decode", "reference" if reason else "cpu"),
         ("backend auto, statistics", "reference" if reason else "cpu"),
         *_on_a_gpu(),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
@@ -65,6 +66,7 @@ def _on_a_gpu() -> list[tuple[str, str]]:
     return [
         ("backend auto, CUDA projections", f"reference (kept rows gathered, PyTorch's product); {kernels} per request"),
         ("backend auto, CUDA attention", f"sdpa; {kernels} for softcap, sinks and masks per request"),
+        ("backend auto, CUDA decode", "reference"),
         ("backend auto, CUDA statistics", "reference"),
         ("PyTorch's attention kernels", _dense_kernels(torch.cuda.get_device_name())),
     ]
