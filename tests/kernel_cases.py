@@ -200,4 +200,5 @@ CASES: list[Case] = [
         for tokens, width in ((111, 1000), (4096, 1280), (4096, 1000))
     ),
     Projections(24, tokens=3, width=360, per_request=False, training=True),
+    *(Projections(dim, width=1280, bias=True, gate=True, training=True) for dim in (24, 40)),
 ]

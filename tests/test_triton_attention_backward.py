@@ -55,7 +55,7 @@ def gradients(attend: Any, arguments: Arguments) -> Arguments:
 
 
 class SoftmaxFromStatistics(torch.autograd.Function):
-    """`softmax_times`, whose backward starts from the logsumexp and the output, as that of the kernels does."""
+    """`softmax_times`, whose backward starts from output and logsumexp and takes powers of 2, as the kernels do."""
 
     @staticmethod
     def forward(ctx: Any, scores: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,8 @@ class SoftmaxFromStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scores, value, output = ctx.saved_tensors
-        probabilities = (scores - scores.logsumexp(-1, keepdim=True)).exp()
+        log2_e = 1 / math.log(2)
+        probabilities = (scores * log2_e - scores.logsumexp(-1, keepdim=True) * log2_e).exp2()
         delta = (grad.float() * output.float()).sum(-1, keepdim=True)
         # Sinks are columns without values.
         value_products = torch.nn.functional.pad(grad @ value.transpose(2, 3), (0, scores.shape[3] - value.shape[2]))
@@ -96,26 +97,31 @@ def check(arguments: Arguments, dtype: torch.dtype) -> Arguments:
     return actual
 
 
-@FLOAT32_AND_BFLOAT16
+SIZES = [
+    *((torch.float32, *sizes) for sizes in [(1, 1), (1, 63), (3, 17), (17, 17), (19, 17), (16, 32), (32, 5)]),
+    *((torch.bfloat16, *sizes) for sizes in [(1, 17), (17, 19)]),
+]
+
+
 @pytest.mark.parametrize("span", [(-1, -1), CAUSAL], ids=["all", "causal"])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 63), (3, 17), (17, 17), (19, 17), (16, 48), (32, 5)])
-def test_sizes(queries, keys, span, dtype):
+@pytest.mark.parametrize(("dtype", "queries", "keys"), SIZES)
+def test_sizes(dtype, queries, keys, span):
     head_mask = torch.tensor([[True, False, True, True], [False, True, False, False]], device=DEVICE)
     arguments = draw_inputs(2, 4, 2, queries, keys, 16)
     check({**arguments, "head_mask": head_mask, "gate": draw(2, 4), "span": span}, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(1, 16), (17, 1), (80, 24), (24, 96)])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(1, 16), (17, 1), (80, 24)])
 def test_dimensions(head_dim, value_dim, dtype):
     check({**draw_inputs(1, 2, 1, 18, 20, head_dim, value_dim), "span": CAUSAL}, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@FLOAT32_AND_BFLOAT16
 def test_tiles_of_the_table(dtype, monkeypatch):
     monkeypatch.undo()
     options = {"head_mask": PER_REQUEST.to(DEVICE), "sinks": draw(6), "softcap": 5.0, "attn_mask": draw(111, 63)}
-    check({**draw_inputs(2, 6, 3, 111, 63, 32), **options, "span": (40, 0)}, dtype)
+    check({**draw_inputs(2, 6, 3, 111, 63, 16), **options, "span": (40, 0)}, dtype)
 
 
 HEAD_MASKS = {
@@ -127,11 +133,11 @@ HEAD_MASKS = {
 }
 
 
-@pytest.mark.parametrize("kv_heads", [1, 3, 6])
+@pytest.mark.parametrize("kv_heads", [1, 3])
 @pytest.mark.parametrize("name", HEAD_MASKS)
 def test_head_masks(name, kv_heads):
     head_mask = HEAD_MASKS[name].to(DEVICE)
-    results = check({**draw_inputs(2, 6, kv_heads, 20, 24, 16), "head_mask": head_mask}, torch.float32)
+    results = check({**draw_inputs(2, 6, kv_heads, 9, 18, 16), "head_mask": head_mask}, torch.float32)
     on = head_mask.expand(2, 6)
     groups_on = on.view(2, kv_heads, -1).any(-1)
     assert (results["query"][~on] == 0).all()
@@ -146,36 +152,33 @@ def test_any_query_head_reads_any_key_head(masked, kv_heads):
     check({**draw_inputs(2, 6, 3, 7, 20, 16), **options}, torch.float32)
 
 
-SPANS = [(0, 0), (3, 0), (2, 5), (-1, 7), (25, -1), (300, 0)]
+SPANS = [(0, 0), (3, 0), (2, 5), (-1, 7), (18, -1), (300, 0)]
 
 
 @pytest.mark.parametrize("span", SPANS, ids=str)
-@pytest.mark.parametrize(("queries", "keys"), [(1, 70), (50, 70), (70, 30)])
+@pytest.mark.parametrize(("queries", "keys"), [(20, 35), (35, 20)])
 def test_every_span(span, queries, keys):
     check({**draw_inputs(1, 2, 2, queries, keys, 16), "span": span}, torch.float32)
 
 
 @FLOAT32_AND_BFLOAT16
 @pytest.mark.parametrize("kind", ["bool", "added"])
-@pytest.mark.parametrize("shape", [(2, 4, 20, 37), (1, 4, 1, 37), (2, 1, 20, 37), (37,)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4, 18, 20), (2, 1, 18, 20), (20,)], ids=str)
 def test_attention_masks(shape, kind, dtype):
     attn_mask = draw_mask(*shape) if kind == "bool" else draw(*shape).masked_fill(~draw_mask(*shape, seed=1), -math.inf)
-    check({**draw_inputs(2, 4, 2, 20, 37, 16), "attn_mask": attn_mask, "span": (30, 0)}, dtype)
+    check({**draw_inputs(2, 4, 2, 18, 20, 16), "attn_mask": attn_mask, "span": (15, 0)}, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("queries", [3, 35])
-def test_everything_at_once(queries, dtype):
+@pytest.mark.parametrize(("dtype", "queries"), [(torch.float32, 18), (torch.bfloat16, 18), (torch.float16, 3)], ids=str)
+def test_everything_at_once(dtype, queries):
     options = {"head_mask": PER_REQUEST.to(DEVICE), "gate": draw(6), "sinks": draw(6, seed=3), "softcap": 5.0}
-    options |= {"attn_mask": draw(2, 1, queries, 50), "span": (30, 0), "scale": 0.3}
-    check({**draw_inputs(2, 6, 2, queries, 50, 16, 24), **options}, dtype)
+    options |= {"attn_mask": draw(2, 1, queries, 35), "span": (30, 0), "scale": 0.3}
+    check({**draw_inputs(2, 6, 2, queries, 35, 16, 24), **options}, dtype)
 
 
 @FLOAT32_AND_BFLOAT16
-@pytest.mark.parametrize("softcap", [None, 20.0])
-def test_gates_and_sinks_of_many_heads(softcap, dtype):
-    arguments = draw_inputs(1, 48, 12, 9, 20, 16)
-    check({**arguments, "gate": draw(48), "sinks": draw(48, seed=3), "softcap": softcap}, dtype)
+def test_gates_and_sinks_of_many_heads(dtype):
+    check({**draw_inputs(1, 32, 8, 5, 16, 16), "gate": draw(32), "sinks": draw(32, seed=3), "softcap": 20.0}, dtype)
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -196,17 +199,17 @@ def test_a_gate_of_zero_has_its_exact_gradient_and_a_masked_head_none(group):
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_queries_without_a_key_meet_anything(poison, kind):
     """Values that are not finite, and for a bool mask keys, queries and output gradients too."""
-    hidden = torch.zeros(2, 1, 20, 40, dtype=torch.bool, device=DEVICE)
+    hidden = torch.zeros(2, 1, 18, 20, dtype=torch.bool, device=DEVICE)
     hidden[1] = True
-    arguments = {**draw_inputs(2, 4, 2, 20, 40, 16), "sinks": draw(4), "gate": draw(2, 4), "softcap": 5.0}
+    arguments = {**draw_inputs(2, 2, 1, 18, 20, 16), "sinks": draw(2), "gate": draw(2, 2), "softcap": 5.0}
     arguments = converted(arguments, torch.float32)
-    gradient = draw(2, 4, 20, 16, seed=9)
+    gradient = draw(2, 2, 18, 16, seed=9)
     rows = slice(None)
     if kind == "span":
-        # 40 queries, of which the first 20 come before the first of 20 keys.
-        arguments |= converted(draw_inputs(2, 4, 2, 40, 20, 16), torch.float32) | {"span": CAUSAL}
-        gradient = draw(2, 4, 40, 16, seed=9)
-        rows = slice(0, 20)
+        # 34 queries, of which the first 17 come before the first of 17 keys.
+        arguments |= converted(draw_inputs(2, 2, 1, 34, 17, 16), torch.float32) | {"span": CAUSAL}
+        gradient = draw(2, 2, 34, 16, seed=9)
+        rows = slice(0, 17)
         arguments["query"][1, :, rows] = poison
         gradient[1, :, rows] = poison
     elif kind == "bool":
@@ -255,8 +258,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout):
     lay_out = LAYOUTS[layout]
-    arguments = converted({**draw_inputs(2, 4, 2, 20, 24, 16), "attn_mask": draw(2, 4, 20, 24)}, torch.float32)
-    gradient = draw(2, 4, 20, 16, seed=9).float()
+    arguments = converted({**draw_inputs(2, 2, 1, 17, 18, 16), "attn_mask": draw(2, 2, 17, 18)}, torch.float32)
+    gradient = draw(2, 2, 17, 16, seed=9).float()
     expected = with_gradients(attend_triton, arguments, gradient)
     moved = {name: lay_out(tensor) for name, tensor in arguments.items()}
     for name, result in with_gradients(attend_triton, moved, lay_out(gradient)).items():
@@ -264,8 +267,8 @@ def test_layouts(layout):
 
 
 def test_an_expanded_gradient():
-    arguments = converted(draw_inputs(2, 4, 2, 18, 20, 16), torch.float32)
-    ones = torch.ones((), device=DEVICE).expand(2, 4, 18, 16)
+    arguments = converted(draw_inputs(2, 2, 1, 9, 18, 16), torch.float32)
+    ones = torch.ones((), device=DEVICE).expand(2, 2, 9, 16)
     expected = with_gradients(attend_triton, arguments, ones.contiguous())
     for name, result in with_gradients(attend_triton, arguments, ones).items():
         assert torch.equal(result, expected[name]), name
@@ -289,15 +292,15 @@ def test_empty_inputs(sizes):
 ALL = ("query", "key", "value", "gate", "attn_mask", "sinks")
 
 
-def operator_inputs(**changes: Any) -> tuple[list[Any], torch.Tensor, torch.Tensor, torch.Tensor]:
+def operator_inputs(queries: int = 9, **changes: Any) -> tuple[list[Any], torch.Tensor, torch.Tensor, torch.Tensor]:
     """Inputs of the operators in float32, the output's gradient, and what the forward kept for the backward."""
-    drawn = converted(draw_inputs(2, 6, 3, 18, 20, 16), torch.float32)
+    drawn = converted(draw_inputs(2, 6, 3, queries, 18, 16), torch.float32)
     given = {
         **drawn,
         "head_mask": PER_REQUEST.to(DEVICE),
         "kv_heads": None,
         "gate": draw(2, 6).float(),
-        "attn_mask": draw(2, 6, 18, 20).float(),
+        "attn_mask": draw(2, 6, queries, 18).float(),
         "sinks": draw(6).float(),
         **changes,
     }
@@ -343,7 +346,7 @@ def test_only_the_kernels_that_are_needed_run(monkeypatch):
 def test_the_same_bits_in_every_run():
     inputs, grad, *kept = operator_inputs()
     first = run_backward(inputs, grad, kept, set(ALL))
-    for _ in range(3):
+    for _ in range(2):
         for name, result in run_backward(inputs, grad, kept, set(ALL)).items():
             assert torch.equal(result, first[name]), name
 
@@ -378,7 +381,7 @@ def test_the_same_bits_under_other_requests_masks(other):
 
 @pytest.mark.parametrize("without", [(), ("head_mask", "gate", "attn_mask", "sinks")], ids=["all", "plain"])
 def test_opcheck(without):
-    inputs, grad, *kept = operator_inputs(**{name: None for name in without})
+    inputs, grad, *kept = operator_inputs(queries=2, **{name: None for name in without})
     wanted = [tensor is not None for tensor in (*inputs[:3], *inputs[5:8])]
     utilities = ("test_schema", "test_faketensor")
     torch.library.opcheck(operators.attention_triton_backward, (grad, *inputs, *kept, wanted), test_utils=utilities)
@@ -397,11 +400,11 @@ def test_a_second_derivative_is_refused():
         first.sum().backward()
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    group=st.integers(1, 4),
-    kv_heads=st.integers(1, 3),
-    sizes=st.tuples(st.integers(1, 40), st.integers(1, 40), st.sampled_from([8, 16, 20]), st.sampled_from([8, 16, 20])),
+    group=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    sizes=st.tuples(st.integers(1, 34), st.integers(1, 34), st.sampled_from([8, 16, 20]), st.sampled_from([8, 16, 20])),
     span=st.tuples(st.integers(-1, 12), st.integers(-1, 12)),
     options=st.sets(st.sampled_from(["head_mask", "gate", "sinks", "softcap", "bool", "added"])),
     seed=st.integers(0, 100),

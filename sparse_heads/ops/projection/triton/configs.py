@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ...._triton import Capability
 
@@ -36,6 +38,7 @@ KINDS = {(torch.float32, False): "float32", (torch.float32, True): "tf32"}
 HALF = "half"
 MULTIPROCESSORS = 128  # about those of the devices that the large tiles are for
 SMALL_SIZE = 64  # tiles for fewer rows than that are for these alone
+WIDE_LOAD = 16  # Triton reads several numbers at once where strides are multiples of this
 
 # {kernel: {(lowest capability, kind): {largest size: configuration}}}. "tokens": both projections and the gradients of
 # their inputs ("gated": of heads and gate), by a request's tokens; "weight": sums over tokens, by their columns, which
@@ -109,13 +112,17 @@ TABLE: dict[str, dict[tuple[tuple[int, int], str], dict[float, Config]]] = {
 }
 
 
-def choose(kernel: str, size: int, outputs: int, dtype: torch.dtype, tf32: bool, capability: Capability) -> Config:
-    """The configuration of a kernel of TABLE; nothing here depends on what masks hold.
+def choose(
+    kernel: str, size: int, outputs: int, operands: Sequence[Tensor], tf32: bool, capability: Capability
+) -> Config:
+    """The configuration of a kernel of TABLE for products of operands; nothing here depends on what masks hold.
 
     outputs: how many numbers the launch computes, all heads counted. Tiles stay small where large ones would leave
-    multiprocessors idle.
+    multiprocessors idle, or where strides let operands be read number by number only: addresses fill registers then.
     """
-    kind = KINDS.get((dtype, tf32), HALF)
+    kind = KINDS.get((operands[0].dtype, tf32), HALF)
+    if any(stride != 1 and stride % WIDE_LOAD for operand in operands for stride in operand.stride()):
+        size = min(size, SMALL_SIZE)
     by_size = TABLE[kernel][max(key for key in TABLE[kernel] if key[0] <= capability and key[1] == kind)]
     largest = min(limit for limit in by_size if size <= limit)
     fitting = [config for limit, config in by_size.items() if SMALL_SIZE <= limit <= largest] or [by_size[largest]]

@@ -62,7 +62,7 @@ def in_projection_backward_launch(
     batch, tokens, width = output.shape
     requests = lists[0].requests
     request_tokens = batch * tokens // max(1, requests)
-    config = config or choose("tokens", request_tokens, output.numel(), output.dtype, tf32, capability)
+    config = config or choose("tokens", request_tokens, output.numel(), (*grads, *weights, output), tf32, capability)
     block_k, aligned = head_block(config, head_dim)
     arguments = {
         "grads": tuple(grads),

@@ -95,7 +95,7 @@ def in_projection_launch(
     requests = lists[0].requests
     request_tokens = batch * tokens // max(1, requests)
     columns = sum(each.slots for each in lists) * head_dim
-    config = config or choose("tokens", request_tokens, batch * tokens * columns, x.dtype, tf32, capability)
+    config = config or choose("tokens", request_tokens, batch * tokens * columns, (x, *weights), tf32, capability)
     arguments = {
         "x": x,
         "weights": tuple(weights),

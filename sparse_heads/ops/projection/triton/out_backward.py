@@ -81,9 +81,8 @@ def out_projection_backward_launch(
     requests = listed.requests
     request_tokens = batch * tokens // max(1, requests)
     kernel = "tokens" if gate is None else "tokens, gated"
-    config = config or choose(
-        kernel, request_tokens, batch * tokens * listed.slots * head_dim, heads.dtype, tf32, capability
-    )
+    outputs = batch * tokens * listed.slots * head_dim
+    config = config or choose(kernel, request_tokens, outputs, (grad, weight), tf32, capability)
     row_tiles = triton.cdiv(request_tokens, config.block_m)
     partials = None
     if gate is not None:

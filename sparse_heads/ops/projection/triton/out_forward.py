@@ -64,7 +64,7 @@ def out_projection_launch(
     width = weight.shape[0]
     requests = listed.requests
     request_tokens = batch * tokens // max(1, requests)
-    config = config or choose("tokens", request_tokens, output.numel(), heads.dtype, tf32, capability)
+    config = config or choose("tokens", request_tokens, output.numel(), (heads, weight, output), tf32, capability)
     block_k, aligned = head_block(config, head_dim)
     arguments = {
         "source": heads,

@@ -105,7 +105,7 @@ def weight_gradient_launch(
         source, other = merge_tokens(source, other)
     batch, tokens = source.shape[:2]
     columns = slots * head_dim if requests is None else head_dim
-    config = config or choose("weight", columns, width * slots * head_dim, source.dtype, tf32, capability)
+    config = config or choose("weight", columns, width * slots * head_dim, (source, other), tf32, capability)
     # No product of a step is worth more than the tokens that a request has.
     block_k = min(config.block_k, max(16, triton.next_power_of_2(tokens)))
     even_columns = requests is None or head_dim % config.block_n == 0
