@@ -55,14 +55,17 @@ def require(device: torch.device) -> None:
         raise BackendUnavailableError(f"backend: 'triton' is not available: {reason}")
 
 
-# Read while compiling; what is compiled is guarded by these settings anyway.
-@torch.compiler.assume_constant_result
 def allows_tf32() -> bool:
     """Whether float32 products may be TF32: the newer setting, which the older ones write too.
 
     `allow_tf32` raises once the newer one was written.
     """
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# Read while compiling; what is compiled is guarded by these settings anyway. torch.compiler.assume_constant_result sets
+# the same, but imports the compiler for it, and with it Triton, before anybody can ask for the interpreter.
+allows_tf32._dynamo_marked_constant = True
 
 
 def capability(device: torch.device) -> Capability:
