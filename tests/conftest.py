@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 
+
+def has_gpu() -> bool:
+    """Asked of the driver: torch may load Triton while it is loaded itself."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
 # Threads that spin while they wait take the cores from those that work; read once, when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import pytest
-import torch
-from hypothesis import settings
-
 # Without a GPU the Triton kernels run in the interpreter, on the CPU; Triton reads this when it is imported.
-if not torch.cuda.is_available():
+if not has_gpu():
     os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 # A busy machine is no failure, and a failure must come back when the tests are run again.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
