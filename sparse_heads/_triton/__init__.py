@@ -64,11 +64,6 @@ def allows_tf32() -> bool:
 
 
 # Read while compiling; what is compiled is guarded by these settings anyway. torch.compiler.assume_constant_result sets
-# just this, but loads the compiler, and Triton with it.
-allows_tf32._dynamo_marked_constant = True
-
-
-# Read while compiling; what is compiled is guarded by these settings anyway. torch.compiler.assume_constant_result sets
 # the same, but imports the compiler for it, and with it Triton, before anybody can ask for the interpreter.
 allows_tf32._dynamo_marked_constant = True
 
