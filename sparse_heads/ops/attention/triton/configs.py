@@ -28,6 +28,7 @@ TABLE: dict[str, dict[tuple[tuple[int, int], int], dict[int, Config]]] = {
     "forward": {
         ((8, 0), 2): {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
         ((9, 0), 2): {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 3)},
+        ((10, 0), 2): {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 3)},
         ((8, 0), 4): {64: Config(64, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(32, 32, 8, 1)},
     },
     "forward, few rows": {
