@@ -65,7 +65,8 @@ def in_projection_kernel(
     )  # fmt: skip
     column_runs = term < runs * HEAD_DIM
     bias = tl.zeros([BLOCK_N], tl.float32)
-    for i in tl.static_range(len(biases)):
+    # Triton 3.6 knows no length of a tuple with None in it.
+    for i in tl.static_range(len(weights)):
         if biases[i] is not None:
             own = term < tl.where(segment == i, runs * HEAD_DIM, 0)
             bias += tl.load(biases[i] + head * HEAD_DIM + dimension, mask=own, other=0.0)
