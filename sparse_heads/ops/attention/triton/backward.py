@@ -45,15 +45,17 @@ def attention_backward(
     keys, value_dim = value.shape[2:]
     group = group_size(query, key, kv_heads)
 
-    def config(kernel: str, rows: int, more_registers: bool = False) -> Config:
-        kernel += ", more registers" if more_registers else ""
+    def config(kernel: str, rows: int, registers: str = "") -> Config:
+        kernel += registers and f", {registers} registers"
         return choose(kernel, head_dim, value_dim, query.element_size(), rows, capability(query.device))
 
+    capped, masked = softcap != 0, attn_mask is not None
     # Rows of another alignment take an address for every element.
-    needs_registers = softcap != 0 or attn_mask is not None or head_dim % 16 != 0 or value_dim % 16 != 0
+    more = "more" if capped or masked or head_dim % 16 or value_dim % 16 else ""
+    gates_in_tiles = gate is not None and group > 1
     prepare = config("backward prepare", tokens)
-    over_keys = config("backward keys", tokens, needs_registers or (gate is not None and group > 1))
-    over_queries = config("backward queries", tokens * group, needs_registers)
+    over_keys = config("backward keys", tokens, "most" if capped and masked else more or gates_in_tiles * "more")
+    over_queries = config("backward queries", tokens * group, more)
 
     def gradient_like(tensor: Tensor, zeros: bool) -> Tensor:
         sizes = [tensor.shape[dimension] for dimension in (0, 2, 1, 3)]
